@@ -1,0 +1,109 @@
+"""The command line: ``python cli.py {fit,validate,test,predict} -c CONFIG …``."""
+
+import sys
+from typing import Any, get_type_hints
+
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from callbacks.prediction_writer import PredictionWriter
+from datamodules.prompts import PromptDataModule
+from diffusion.guidance import GuidanceError
+from diffusion.methods import SamplingConfig
+from errors import InputError
+
+# Short names of the model's arguments; they are set only where they are given.
+MODEL_FLAGS = {"weights": str, "clip": str}
+SAMPLING_FLAGS = ("method", "skip_steps", "skip_type", "ddim_eta", "var_type")
+REQUEST_FLAGS: dict[str, dict[str, Any]] = {
+    "text": {"type": str, "nargs": "+", "help": "sentences that the pictures should obey"},
+    "guidance_weight": {"type": float, "nargs": "+", "help": "how hard they should: each text is drawn with each"},
+    "n_samples": {"type": int, "default": 4, "help": "seeds for each text and weight"},
+    "seed": {"type": int, "default": 0, "help": "the first seed"},
+    "unguided": {"type": bool, "default": True, "help": "draw each seed without guidance too"},
+    "prompts": {"type": str, "help": "a .txt file with a text a line, or a .jsonl file with a request a line"},
+    "micro_batch": {"type": int, "default": 16, "help": "pictures sampled at once on each device"},
+}
+
+
+class ClipwardCLI(LightningCLI):
+    """LightningCLI, where ``predict`` reads requests in place of ``data``, and the common flags have short names."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        hidden = {"model", "dataloaders", "datamodule", "train_dataloaders", "val_dataloaders", "weights_only"}
+        return {"fit": hidden, "validate": hidden, "test": hidden, "predict": hidden | {"return_predictions"}}
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "predict":
+            for flag, options in REQUEST_FLAGS.items():
+                parser.add_argument(f"--{flag}", **options)
+            parser.add_argument("--save_dir", type=str, default="out/predict", help="the folder for the pictures")
+            parser.add_argument("--overwrite", type=bool, default=False, help="replace another command's pictures")
+        return parser
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for flag, kind in MODEL_FLAGS.items():
+            parser.add_argument(f"--{flag}", type=kind | None, help=f"short for --model.{flag}")
+        kinds = get_type_hints(SamplingConfig)
+        for flag in SAMPLING_FLAGS:
+            parser.add_argument(f"--{flag}", type=kinds[flag] | None, help=f"short for --model.sampling.{flag}")
+        parser.add_argument("--ddim", action="store_true", default=None, help="short for --model.sampling.ddim true")
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        config.trainer.inference_mode = False
+        for flag in MODEL_FLAGS:
+            self._shorten(flag, flag)
+        for flag in (*SAMPLING_FLAGS, "ddim"):
+            self._shorten(flag, f"sampling.{flag}")
+        if self.subcommand == "predict":
+            config.trainer.logger = False
+
+    def _shorten(self, flag: str, argument: str) -> None:
+        config = self.config[self.subcommand]
+        if config.get(flag) is None:
+            return
+        if f"init_args.{argument}" not in config.model:
+            raise InputError(f"{flag}: {config.model.class_path} has no such argument")
+        config.model[f"init_args.{argument}"] = config.pop(flag)
+        config[flag] = None
+
+    def instantiate_classes(self) -> None:
+        if self.subcommand == "predict":
+            config = self.config[self.subcommand]
+            self.requests = PromptDataModule(**{flag: config[flag] for flag in REQUEST_FLAGS})
+            text = self._parser("predict").dump(config, skip_none=False)
+            self.writer = PredictionWriter(config.save_dir, text, config.overwrite)
+            self.requests.done = self.writer.finished()
+        super().instantiate_classes()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        if self.subcommand == "fit":
+            self.save_config_callback = SaveConfigCallback
+            self.save_config_kwargs = {"config_filename": "config.fit.yaml"}
+        trainer = super().instantiate_trainer(**kwargs)
+        if self.subcommand == "predict":
+            trainer.callbacks.append(self.writer)
+        return trainer
+
+    def before_predict(self) -> None:
+        self.datamodule = self.requests
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        return kwargs | ({"return_predictions": False} if subcommand == "predict" else {})
+
+    def _parse_ckpt_path(self) -> None:
+        """A checkpoint's hyper-parameters must not override the command line."""
+
+
+def main(args: list[str] | None = None) -> None:
+    try:
+        ClipwardCLI(args=args, save_config_callback=None, seed_everything_default=0, auto_configure_optimizers=False)
+    except (InputError, GuidanceError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

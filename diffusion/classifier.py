@@ -1,0 +1,105 @@
+"""A small classifier of named attributes, which also knows the words that name them."""
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from errors import InputError
+
+FORMAT = "clipward-classifier-1"
+Vocabulary = dict[str, dict[str, list[str]]]
+
+
+class Classifier(nn.Module):
+    """Convolutions over a picture of any size, and a head for each attribute.
+
+    Args:
+        vocabulary: ``{attribute: {value: [words that name it]}}``; the order of the values is that of the labels.
+        width: channels of the first stage; each of four stages halves the size and widens.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, width: int = 32) -> None:
+        super().__init__()
+        self.vocabulary, self.width = vocabulary, width
+        layers: list[nn.Module] = []
+        c = 3
+        for stage in range(4):
+            wide = width * min(4, 2**stage)
+            layers += [nn.Conv2d(c, wide, 3, stride=2, padding=1), nn.GroupNorm(8, wide), nn.SiLU()]
+            layers += [nn.Conv2d(wide, wide, 3, padding=1), nn.GroupNorm(8, wide), nn.SiLU()]
+            c = wide
+        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Dropout(0.2))
+        self.heads = nn.ModuleDict({name: nn.Linear(c * 16, len(values)) for name, values in vocabulary.items()})
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        """(B, 3, H, W) in [-1, 1] -> logits (B, values) of each attribute."""
+        features = self.body(image)
+        return {name: head(features) for name, head in self.heads.items()}
+
+    def loss(self, image: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy averaged over the attributes; ``labels`` is (B, attributes)."""
+        logits = self(image)
+        losses = [F.cross_entropy(logits[name], labels[:, i]) for i, name in enumerate(self.vocabulary)]
+        return sum(losses) / len(losses)
+
+    def named(self, text: str) -> dict[str, str]:
+        """What a text names: ``"an old man"`` gives ``{"gender": "man", "age": "old"}``."""
+        found: dict[str, str] = {}
+        for attribute, values in self.vocabulary.items():
+            hits = [
+                (len(words), value)
+                for value, names in values.items()
+                for words in names
+                if re.search(rf"\b{re.escape(words)}\b", text.lower())
+            ]
+            if hits:
+                found[attribute] = max(hits)[1]  # the longest: "no glasses" before "glasses"
+        return found
+
+    def sees(self, image: Tensor, attribute: str, value: str) -> Tensor:
+        """(B,) bool: whether ``value`` is the likeliest of the attribute in each picture."""
+        return self(image)[attribute].argmax(dim=1) == list(self.vocabulary[attribute]).index(value)
+
+
+@dataclass(frozen=True)
+class _Header:
+    vocabulary: Vocabulary
+    width: int
+
+
+def save_classifier(path: Path, classifier: Classifier) -> None:
+    """Write safetensors in half precision, whole or not at all."""
+    header = {"vocabulary": classifier.vocabulary, "width": classifier.width}
+    state = {name: value.half().contiguous().cpu() for name, value in classifier.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    save_file(state, aside, {"format": FORMAT, "classifier": json.dumps(header)})
+    aside.replace(path)
+
+
+def load_classifier(path: Path) -> Classifier:
+    """Read a classifier, frozen and in evaluation mode.
+
+    Raises:
+        InputError: where the file is missing or is none.
+    """
+    if not path.is_file():
+        raise InputError(f"judge: there is no file {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"judge: {path} is no safetensors file ({error})") from error
+    if metadata.get("format") != FORMAT:
+        raise InputError(f"judge: {path} is no classifier; one that configs/faces_judge.yaml makes would do")
+    classifier = Classifier(**json.loads(metadata["classifier"]))
+    classifier.load_state_dict(state)
+    return classifier.eval().requires_grad_(False)

@@ -1,0 +1,84 @@
+"""From what a network puts out to what it says about the picture: x0, eps and a variance."""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from diffusion.schedule import Step
+from errors import InputError
+
+Parametrisation = Literal["eps", "x0", "v"]
+VarType = Literal["fixed_small", "fixed_large", "learned_range"]
+
+
+class Prediction(NamedTuple):
+    """What is believed of x_t: the data and the noise in it, kept apart so that guidance may shift either."""
+
+    x0: Tensor  # (B, C, H, W) in [-1, 1]
+    eps: Tensor  # (B, C, H, W)
+    variance: Tensor  # σ_t² of p_θ(x_s | x_t): a scalar, or (B, C, H, W) where the network learned it
+
+
+Denoiser = Callable[[Tensor, Step], Prediction]
+
+
+def to_x0(output: Tensor, x: Tensor, alpha_bar: Tensor | float, parametrisation: Parametrisation) -> Tensor:
+    """x̂0 from a network's output at x_t. ``v`` is √ᾱ·eps − √(1−ᾱ)·x0 (Salimans & Ho 2022)."""
+    a, b = alpha_bar**0.5, (1 - alpha_bar) ** 0.5
+    if parametrisation == "eps":
+        return (x - b * output) / a
+    if parametrisation == "x0":
+        return output
+    return a * x - b * output
+
+
+def to_eps(x0: Tensor, x: Tensor, alpha_bar: Tensor | float) -> Tensor:
+    """The noise that makes x_t out of x0: (x_t − √ᾱ·x0) / √(1−ᾱ)."""
+    return (x - alpha_bar**0.5 * x0) / (1 - alpha_bar) ** 0.5
+
+
+def training_target(x0: Tensor, eps: Tensor, alpha_bar: Tensor, parametrisation: Parametrisation) -> Tensor:
+    """What the network should put out at x_t = √ᾱ·x0 + √(1−ᾱ)·eps."""
+    if parametrisation == "eps":
+        return eps
+    if parametrisation == "x0":
+        return x0
+    return alpha_bar**0.5 * eps - (1 - alpha_bar) ** 0.5 * x0
+
+
+class NetworkDenoiser:
+    """A network ``(x_t, t) -> output`` read as a :data:`Denoiser`.
+
+    Args:
+        network: maps (B, C, H, W) and (B,) to (B, C, H, W), or to (B, 2C, H, W) with ``learned_range``.
+        parametrisation: what the first C channels are.
+        var_type: ``fixed_small`` is the posterior variance, ``fixed_large`` is β (Ho et al. 2020, §3.2), and
+            ``learned_range`` interpolates their logarithms (Nichol & Dhariwal 2021, eq. 15).
+    """
+
+    def __init__(self, network: nn.Module, parametrisation: Parametrisation, var_type: VarType) -> None:
+        self.network, self.parametrisation, self.var_type = network, parametrisation, var_type
+
+    def __call__(self, x: Tensor, step: Step) -> Prediction:
+        t = torch.full((x.shape[0],), step.t, device=x.device)
+        output = self.network(x, t).float()
+        variance = None
+        if output.shape[1] == 2 * x.shape[1]:
+            output, variance = output.chunk(2, dim=1)
+        x0 = to_x0(output, x, step.alpha_bar_t, self.parametrisation)
+        eps = output if self.parametrisation == "eps" else to_eps(x0, x, step.alpha_bar_t)
+        return Prediction(x0, eps, self.variance(variance, x, step))
+
+    def variance(self, learned: Tensor | None, x: Tensor, step: Step) -> Tensor:
+        if self.var_type == "fixed_small":
+            return x.new_tensor(step.posterior_variance)
+        if self.var_type == "fixed_large":
+            return x.new_tensor(step.beta)
+        if learned is None:
+            raise InputError("var_type: learned_range given, but the network has no variance; fixed_small would do")
+        small = x.new_tensor(max(step.posterior_variance, 1e-20)).log()
+        large = x.new_tensor(step.beta).log()
+        share = (learned + 1) / 2
+        return (share * large + (1 - share) * small).exp()

@@ -1,0 +1,49 @@
+"""One short factory per published method: a composition of guidances, never a loop of its own."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from diffusion.denoiser import VarType
+from diffusion.guidance import GradientGuidance, Guidance, Loss, grad_denoised, shift_eps, shift_mean
+from diffusion.schedule import SkipType
+
+Method = Callable[[Loss, Tensor], list[Guidance]]
+
+
+def clip_guidance(loss: Loss, weight: Tensor) -> list[Guidance]:
+    """N(μ + s·σ_t²·∇_{x_t} L(x̂0(x_t)), σ_t²): the CLIP-guidance formula as it is written."""
+    return [GradientGuidance(loss, weight, grad_denoised, shift_mean)]
+
+
+def score_guidance(loss: Loss, weight: Tensor) -> list[Guidance]:
+    """The same gradient added to the score: ∇ log p(x_t) + s·∇_{x_t} L(x̂0(x_t)), the note on GLIDE."""
+    return [GradientGuidance(loss, weight, grad_denoised, shift_eps)]
+
+
+METHODS: dict[str, Method] = {"clip_guidance": clip_guidance, "score_guidance": score_guidance}
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How pictures are made.
+
+    Args:
+        method: how the text guides.
+        skip_steps: reverse steps to take.
+        skip_type: how they are spread over the noise levels.
+        ddim: take DDIM's steps in place of DDPM's.
+        ddim_eta: DDIM's noise, from 0 (none) to 1 (as DDPM).
+        var_type: DDPM's variance, which also scales the mean's shift.
+        clip_denoised: clamp x̂0 to [-1, 1] at every step.
+    """
+
+    method: Literal["clip_guidance", "score_guidance"] = "clip_guidance"
+    skip_steps: int = 50
+    skip_type: SkipType = "uniform"
+    ddim: bool = False
+    ddim_eta: float = 0.0
+    var_type: VarType = "fixed_small"
+    clip_denoised: bool = True

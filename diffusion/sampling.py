@@ -1,0 +1,83 @@
+"""The reverse process: one loop, and the updates that it may take."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from diffusion.denoiser import Denoiser, Prediction
+from diffusion.schedule import Step
+from errors import InputError
+
+Draw = Callable[[], Tensor]
+Update = Callable[[Tensor, Prediction, Step, Draw], Tensor]
+
+
+class State(NamedTuple):
+    x: Tensor  # (B, C, H, W) after the step
+    x0: Tensor  # (B, C, H, W), what the step believed the picture to be
+    step: Step
+
+
+class Noise:
+    """Standard normal noise that depends on (seed, k) alone: not on the batch, the device count or a restart.
+
+    Args:
+        seeds: one per image.
+        shape: (C, H, W) of an image.
+        device: where it is drawn; another kind of device draws other numbers.
+    """
+
+    def __init__(self, seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> None:
+        self.seeds, self.shape, self.device = tuple(seeds), tuple(shape), torch.device(device)
+        self._generator = torch.Generator(self.device)
+
+    def __call__(self, k: int) -> Tensor:
+        """(B, C, H, W): draw ``k``, where 0 is x_T and step i of the walk uses i + 1."""
+        return torch.stack([self._one(seed, k) for seed in self.seeds])
+
+    def _one(self, seed: int, k: int) -> Tensor:
+        digest = hashlib.blake2b(f"{seed}/{k}".encode(), digest_size=7).digest()
+        self._generator.manual_seed(int.from_bytes(digest, "little"))
+        return torch.randn(self.shape, generator=self._generator, device=self.device)
+
+
+def sample(denoise: Denoiser, steps: Sequence[Step], update: Update, noise: Noise) -> Iterator[State]:
+    """Walk ``steps`` from pure noise, yielding after each; the last ``x`` is the picture, in [-1, 1] or about."""
+    x = noise(0)
+    for k, step in enumerate(steps, start=1):
+        if step.s > step.t:
+            keep = step.alpha_bar_s / step.alpha_bar_t
+            x = keep**0.5 * x + (1 - keep) ** 0.5 * noise(k)
+            yield State(x, x, step)
+            continue
+        prediction = denoise(x, step)
+        x = update(x, prediction, step, lambda k=k: noise(k))
+        yield State(x, prediction.x0, step)
+
+
+def ancestral(x: Tensor, pred: Prediction, step: Step, draw: Draw) -> Tensor:
+    """DDPM (Ho et al. 2020, Alg. 2), with the model's own variance; the last step adds no noise."""
+    mean = _towards(pred, step, step.posterior_variance)
+    return mean if step.s == -1 else mean + pred.variance.sqrt() * draw()
+
+
+def ddim(eta: float) -> Update:
+    """DDIM (Song et al. 2021, eq. 12 and 16): ``eta`` 0 is deterministic, 1 is DDPM with the small variance."""
+    if not 0 <= eta <= 1:
+        raise InputError(f"ddim_eta: {eta} given; between 0 and 1 would do")
+
+    def update(x: Tensor, pred: Prediction, step: Step, draw: Draw) -> Tensor:
+        variance = eta**2 * step.posterior_variance
+        mean = _towards(pred, step, variance)
+        return mean if variance == 0 else mean + variance**0.5 * draw()
+
+    return update
+
+
+def _towards(pred: Prediction, step: Step, variance: float) -> Tensor:
+    """√ᾱ_s·x0 + √(1−ᾱ_s−σ²)·eps: the mean of x_s where noise of ``variance`` σ² is to be added."""
+    direction = max(0.0, 1 - step.alpha_bar_s - variance) ** 0.5
+    return step.alpha_bar_s**0.5 * pred.x0 + direction * pred.eps

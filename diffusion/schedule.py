@@ -1,0 +1,109 @@
+"""The noise schedule and the steps that walk it.
+
+Only ``alpha_bar`` is stored ("alphas_cumprod" elsewhere); everything else is derived from it where it is used.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from errors import InputError
+
+SkipType = Literal["uniform", "uniform2", "quad"]
+ScheduleName = Literal["linear", "cosine"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One move x_t -> x_s. ``s < t`` denoises, with ``s = -1`` meaning data; ``s > t`` adds noise (time travel)."""
+
+    t: int
+    s: int
+    alpha_bar_t: float
+    alpha_bar_s: float
+
+    @property
+    def beta(self) -> float:
+        """1 − ᾱ_t/ᾱ_s: the variance of q(x_t | x_s), "fixed_large"."""
+        return 1 - self.alpha_bar_t / self.alpha_bar_s
+
+    @property
+    def posterior_variance(self) -> float:
+        """The variance of q(x_s | x_t, x_0), "fixed_small" (Ho et al. 2020, eq. 7); 0 where s is data."""
+        return (1 - self.alpha_bar_s) / (1 - self.alpha_bar_t) * self.beta
+
+
+class Schedule:
+    """ᾱ_t for t = 0 … T−1, in float64.
+
+    Args:
+        alpha_bar: (T,) strictly decreasing in (0, 1).
+    """
+
+    def __init__(self, alpha_bar: Tensor | Sequence[float]) -> None:
+        self.alpha_bar = torch.as_tensor(alpha_bar, dtype=torch.float64)
+        falling = torch.all(self.alpha_bar[1:] < self.alpha_bar[:-1])
+        if not falling or self.alpha_bar[0] >= 1 or self.alpha_bar[-1] <= 0:
+            raise InputError("alpha_bar must fall strictly from below 1 to above 0")
+
+    @classmethod
+    def named(cls, name: ScheduleName, num_timesteps: int = 1000) -> "Schedule":
+        """``linear`` (Ho et al. 2020: β from 1e-4 to 0.02) or ``cosine`` (Nichol & Dhariwal 2021, eq. 17)."""
+        if name == "linear":
+            scale = 1000 / num_timesteps
+            return cls.from_betas(torch.linspace(1e-4 * scale, 0.02 * scale, num_timesteps, dtype=torch.float64))
+        if name == "cosine":
+            u = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
+            f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
+            return cls.from_betas((1 - f[1:] / f[:-1]).clamp(max=0.999))
+        raise InputError(f"schedule: {name!r} is not one of linear, cosine")
+
+    @classmethod
+    def from_betas(cls, betas: Tensor) -> "Schedule":
+        return cls(torch.cumprod(1 - betas.double(), dim=0))
+
+    def __len__(self) -> int:
+        return len(self.alpha_bar)
+
+    def step(self, t: int, s: int) -> Step:
+        """The step x_t -> x_s; an index of −1 is data, where ᾱ = 1."""
+        at, as_ = (1.0 if i == -1 else self.alpha_bar[i].item() for i in (t, s))
+        return Step(t, s, at, as_)
+
+    def steps(self, n: int, skip_type: SkipType = "uniform") -> list[Step]:
+        """Exactly ``n`` steps from noise to data.
+
+        ``uniform`` visits ⌊i·T/n⌋, ``uniform2`` spaces the steps from T−1 to 0 evenly, ``quad`` squares an even
+        spacing of [0, √(0.8·T)] and so spends most steps near the data, none above 0.8·T.
+        """
+        num = len(self)
+        if not 1 <= n <= num:
+            raise InputError(f"skip_steps: {n} given; between 1 and the schedule's {num} would do")
+        if skip_type == "uniform":
+            times = [i * num // n for i in range(n)]
+        elif skip_type == "uniform2":
+            times = [round(i * (num - 1) / max(n - 1, 1)) for i in range(n)] if n > 1 else [num - 1]
+        elif skip_type == "quad":
+            top = math.sqrt(0.8 * num)
+            if n > top**2:
+                raise InputError(f"skip_steps: {n} given; quad has at most {int(top**2)} steps")
+            times = [max(i, int((top * i / max(n - 1, 1)) ** 2)) for i in range(n)] if n > 1 else [int(top**2)]
+        else:
+            raise InputError(f"skip_type: {skip_type!r} is not one of uniform, uniform2, quad")
+        times = times[::-1]
+        return [self.step(t, s) for t, s in zip(times, [*times[1:], -1], strict=True)]
+
+
+def time_travel(steps: Sequence[Step], repeats: int) -> list[Step]:
+    """Walk each step but the last ``repeats`` times, going back up in between (Lugmayr et al. 2022, RePaint)."""
+    walked: list[Step] = []
+    for step in steps:
+        walked.append(step)
+        if step.s >= 0:
+            up = Step(step.s, step.t, step.alpha_bar_s, step.alpha_bar_t)
+            walked.extend([up, step] * (repeats - 1))
+    return walked

@@ -1,0 +1,81 @@
+"""Training of the attribute classifier that judges guided pictures, and never guides them."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from diffusion.classifier import Classifier, save_classifier
+from errors import InputError
+from lightning_modules.degrade import degrade
+from lightning_modules.optim import adamw
+
+
+class ClassifierModule(L.LightningModule):
+    """Learns the labels of pictures.
+
+    Args:
+        vocabulary: ``{attribute: {value: [words that name it in a text]}}``, in the order of the labels.
+        width: of the network.
+        save_path: the safetensors file that is written at the end of ``fit``; none is written without it.
+        learning_rate: AdamW's, after the warm-up.
+        weight_decay: AdamW's.
+        warmup_steps: steps over which the learning rate rises from 0.
+        cooldown_steps: steps before ``trainer.max_steps`` over which it falls back to 0; 0 keeps it constant.
+        max_noise: as in :class:`lightning_modules.clip.ClipModule`.
+        blur: likewise.
+    """
+
+    def __init__(
+        self,
+        vocabulary: dict[str, dict[str, list[str]]],
+        width: int = 32,
+        save_path: str | None = None,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.05,
+        warmup_steps: int = 100,
+        cooldown_steps: int = 0,
+        max_noise: float = 0.0,
+        blur: bool = False,
+    ) -> None:
+        super().__init__()
+        self.network = Classifier(vocabulary, width)
+        self.save_path = None if save_path is None else Path(save_path)
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.warmup_steps, self.cooldown_steps = warmup_steps, cooldown_steps
+        self.max_noise, self.blur = max_noise, blur
+
+    def on_fit_start(self) -> None:
+        if self.save_path is not None and self.save_path.exists():
+            raise InputError(f"model.save_path: {self.save_path} exists; another name would do")
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        loss = self.network.loss(degrade(batch["image"], self.max_noise, self.blur), batch["labels"])
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        logits = self.network(batch["image"])
+        right = torch.stack(
+            [logits[name].argmax(1) == batch["labels"][:, i] for i, name in enumerate(self.network.vocabulary)]
+        )
+        size = len(batch["labels"])
+        for name, row in zip(self.network.vocabulary, right, strict=True):
+            self.log(f"val/accuracy_{name}", row.float().mean(), batch_size=size, sync_dist=True)
+        self.log("val/accuracy_all", right.all(dim=0).float().mean(), batch_size=size, sync_dist=True, prog_bar=True)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        return adamw(
+            self.parameters(),
+            self.learning_rate,
+            self.weight_decay,
+            self.warmup_steps,
+            self.cooldown_steps,
+            self.trainer.max_steps,
+        )
+
+    def on_fit_end(self) -> None:
+        if self.save_path is not None and self.trainer.is_global_zero and not self.trainer.fast_dev_run:
+            save_classifier(self.save_path, self.network)

@@ -1,0 +1,115 @@
+"""Contrastive training of a CLIP of any size on pictures and captions."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from diffusion.clip import Clip, contrastive_loss, new_model, new_tokenizer, preprocess, save_folder
+from errors import InputError
+from lightning_modules.degrade import degrade
+from lightning_modules.optim import adamw
+
+OPENAI_PREPROCESSING = {
+    "mode": "RGB",
+    "mean": [0.48145466, 0.4578275, 0.40821073],
+    "std": [0.26862954, 0.26130258, 0.27577711],
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
+    "fill_color": 0,
+}
+
+
+class ClipModule(L.LightningModule):
+    """Trains an open_clip model (Radford et al. 2021) and writes it as an open_clip folder.
+
+    Args:
+        embed_dim: length of the features that pictures and texts share.
+        vision: open_clip's ``vision_cfg``: ``image_size``, ``layers``, ``width``, …
+        text: open_clip's ``text_cfg``: ``context_length``, ``width``, ``heads``, ``layers``, …
+        save_dir: the folder that is written at the end of ``fit``; none is written without it.
+        learning_rate: AdamW's, after the warm-up.
+        weight_decay: AdamW's.
+        warmup_steps: steps over which the learning rate rises from 0.
+        cooldown_steps: steps before ``trainer.max_steps`` over which it falls back to 0; 0 keeps it constant.
+        max_noise: pictures get Gaussian noise of a standard deviation up to this (pictures span [-1, 1]).
+        blur: whether half of the pictures are blurred by up to a factor of four. With noise, it makes a critic that
+            can read the half-denoised pictures that guidance shows it.
+        zero_shot: for each label of the data, in their order, a text per value; their accuracy is logged.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int = 128,
+        vision: dict[str, Any] | None = None,
+        text: dict[str, Any] | None = None,
+        save_dir: str | None = None,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.1,
+        warmup_steps: int = 100,
+        cooldown_steps: int = 0,
+        max_noise: float = 0.0,
+        blur: bool = False,
+        zero_shot: dict[str, list[str]] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model_cfg = {"embed_dim": embed_dim, "vision_cfg": vision or {}, "text_cfg": text or {}}
+        self.preprocess_cfg = {"size": self.model_cfg["vision_cfg"].get("image_size", 224), **OPENAI_PREPROCESSING}
+        self.save_dir = None if save_dir is None else Path(save_dir)
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.warmup_steps, self.cooldown_steps = warmup_steps, cooldown_steps
+        self.max_noise, self.blur, self.zero_shot = max_noise, blur, zero_shot or {}
+        self.model: torch.nn.Module | None = None
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            self.model = new_model(self.model_cfg)
+            self.tokenizer = new_tokenizer(self.model_cfg["text_cfg"].get("context_length", 77))
+
+    def on_fit_start(self) -> None:
+        if self.save_dir is not None and self.save_dir.exists() and any(self.save_dir.iterdir()):
+            raise InputError(f"model.save_dir: {self.save_dir} is not empty; another folder would do")
+        self.contrastive_loss = contrastive_loss(self.global_rank, self.trainer.world_size)
+
+    def features(self, batch: dict[str, Any], image: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = self.tokenizer(batch["caption"]).to(self.device)
+        pixels = preprocess(image, self.preprocess_cfg)
+        image_features = F.normalize(self.model.encode_image(pixels).float(), dim=-1)
+        return image_features, F.normalize(self.model.encode_text(tokens).float(), dim=-1)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        image = degrade(batch["image"], self.max_noise, self.blur)
+        image_features, text_features = self.features(batch, image)
+        scale = self.model.logit_scale.exp().clamp(max=100)
+        loss = self.contrastive_loss(image_features, text_features, scale)
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/logit_scale", scale)
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        image_features, text_features = self.features(batch, batch["image"])
+        found = (image_features @ text_features.T).argmax(dim=1)
+        hits = (found == torch.arange(len(found), device=self.device)).float().mean()
+        self.log("val/retrieval", hits, batch_size=len(found), sync_dist=True)
+        for column, (name, texts) in enumerate(self.zero_shot.items()):
+            answers = F.normalize(self.model.encode_text(self.tokenizer(texts).to(self.device)).float(), dim=-1)
+            right = (image_features @ answers.T).argmax(dim=1) == batch["labels"][:, column]
+            self.log(f"val/zero_shot_{name}", right.float().mean(), batch_size=len(found), sync_dist=True)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        return adamw(
+            self.model.parameters(),
+            self.learning_rate,
+            self.weight_decay,
+            self.warmup_steps,
+            self.cooldown_steps,
+            self.trainer.max_steps,
+        )
+
+    def on_fit_end(self) -> None:
+        if self.save_dir is not None and self.trainer.is_global_zero and not self.trainer.fast_dev_run:
+            save_folder(self.save_dir, self.model, self.model_cfg, self.preprocess_cfg)
+            Clip.load(str(self.save_dir))

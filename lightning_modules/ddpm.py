@@ -1,0 +1,277 @@
+"""The diffusion model: training, fine-tuning and guided sampling."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from diffusion.clip import Clip
+from diffusion.denoiser import NetworkDenoiser, Parametrisation, training_target
+from diffusion.guidance import Clamp, GuidanceError, GuidedDenoiser
+from diffusion.losses import ClipSimilarity
+from diffusion.methods import METHODS, SamplingConfig
+from diffusion.sampling import Noise, State, ancestral, ddim, sample
+from diffusion.schedule import Schedule, ScheduleName, Step
+from diffusion.unet import UNet, UNetConfig
+from diffusion.weights import Architecture, Weights, load_weights, state_hash
+from errors import InputError
+from lightning_modules.ema import EMA
+from lightning_modules.optim import adamw
+
+
+class DDPMModule(L.LightningModule):
+    """A denoising diffusion model (Ho et al. 2020), sampled under the guidance of a CLIP.
+
+    Args:
+        unet: the network's size.
+        image_size: height and width of the pictures.
+        schedule: ᾱ_t by name.
+        num_timesteps: T, the number of noise levels.
+        parametrisation: what the network puts out.
+        weights: a file or folder to start from, in ``fit`` too. It says itself what network it is for, and the four
+            arguments above give way to it.
+        default_weights: what ``predict`` and ``test`` start from where ``weights`` and ``ckpt_path`` are not given;
+            ``fit`` does not look at it.
+        clip: what guides: an open_clip folder, or ``ARCHITECTURE/PRETRAINED`` by open_clip's names. Needed only where
+            there is a text.
+        sampling: how pictures are made.
+        learning_rate: AdamW's, after the warm-up.
+        weight_decay: AdamW's.
+        warmup_steps: steps over which the learning rate rises from 0.
+        cooldown_steps: steps before ``trainer.max_steps`` over which it falls back to 0; 0 keeps it constant.
+        ema_decay: of the averaged weights, which validation, sampling and prediction use.
+    """
+
+    def __init__(
+        self,
+        unet: UNetConfig = UNetConfig(),
+        image_size: int = 256,
+        schedule: ScheduleName = "linear",
+        num_timesteps: int = 1000,
+        parametrisation: Parametrisation = "eps",
+        weights: str | None = None,
+        default_weights: str | None = None,
+        clip: str | None = None,
+        sampling: SamplingConfig = SamplingConfig(),
+        learning_rate: float = 2e-5,
+        weight_decay: float = 0.0,
+        warmup_steps: int = 0,
+        cooldown_steps: int = 0,
+        ema_decay: float = 0.9999,
+    ) -> None:
+        super().__init__()
+        self.architecture = Architecture(unet, image_size, schedule, num_timesteps, parametrisation)
+        self.weights_path, self.default_weights, self.clip_name = weights, default_weights, clip
+        self.sampling = sampling
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.warmup_steps, self.cooldown_steps = warmup_steps, cooldown_steps
+        self.ema_decay = ema_decay
+        self.unet: UNet | None = None
+        self.trained = False  # whether the network has weights from anywhere but chance
+        self._clip: Clip | None = None  # frozen: no part of the module's parameters, checkpoint or optimiser
+        self._provenance: dict[str, Any] | None = None
+
+    def configure_model(self) -> None:
+        if self.unet is not None:
+            return
+        source = self.weights_path
+        if (
+            source is None
+            and self._trainer is not None
+            and not self.trainer.training
+            and self.trainer.ckpt_path is None
+        ):
+            source = self.default_weights
+        weights = None if source is None else load_weights(Path(source))
+        if weights is not None:
+            self.architecture, self.weights_path = weights.architecture, source
+        self.schedule = Schedule.named(self.architecture.schedule, self.architecture.num_timesteps)
+        self.unet = UNet(self.architecture.unet)
+        if weights is not None:
+            weights.into(self.unet)
+            self.trained = True
+        self.ema = EMA(self.unet, self.ema_decay)
+
+    # training
+
+    def loss(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """L_simple (Ho et al. 2020, eq. 14) in the network's own parametrisation, averaged over the batch."""
+        alpha_bar = self.schedule.alpha_bar.to(torch.float32).to(x0.device)[t][:, None, None, None]
+        x = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
+        output = self.unet(x, t)[:, : x0.shape[1]]
+        return F.mse_loss(output.float(), training_target(x0, eps, alpha_bar, self.architecture.parametrisation))
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        x0 = batch["image"]
+        t = torch.randint(len(self.schedule), (len(x0),), device=x0.device)
+        loss = self.loss(x0, t, torch.randn_like(x0))
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        x0 = batch["image"]
+        fixed = torch.Generator().manual_seed(batch_idx)
+        t = torch.randint(len(self.schedule), (len(x0),), generator=fixed).to(x0.device)
+        eps = torch.randn(x0.shape, generator=fixed).to(x0.device)
+        with self.ema.applied():
+            loss = self.loss(x0, t, eps)
+        self.log("val/loss", loss, batch_size=len(x0), prog_bar=True, sync_dist=True)
+
+    def on_fit_start(self) -> None:
+        data = getattr(self.trainer.datamodule, "size", self.architecture.image_size)
+        if data != self.architecture.image_size:
+            raise InputError(f"data.size: {data} given; {self.architecture.image_size}, the model's, would do")
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        # Here rather than at the end of the batch, where a checkpoint may already have been written.
+        super().optimizer_step(*args, **kwargs)
+        self.ema.update(self.trainer.global_step + 1)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        return adamw(
+            self.unet.parameters(),
+            self.learning_rate,
+            self.weight_decay,
+            self.warmup_steps,
+            self.cooldown_steps,
+            self.trainer.max_steps,
+        )
+
+    # sampling
+
+    @property
+    def clip(self) -> Clip:
+        if self._clip is None:
+            if self.clip_name is None:
+                raise InputError("clip: none given; an open_clip folder or name would do, for there is a text to obey")
+            self._clip = Clip.load(self.clip_name)
+        return self._clip.to(self.device)
+
+    def sample(self, text: Sequence[str], seed: Sequence[int], guidance_weight: Sequence[float]) -> Iterator[State]:
+        """Walk from noise to pictures, one for each text, seed and weight (lists of one length).
+
+        A weight of 0 leaves a picture unguided; its text may then be empty. The states are those of
+        :func:`diffusion.sampling.sample`, ``len(self.steps)`` of them.
+        """
+        config, size = self.sampling, self.architecture.image_size
+        denoise = NetworkDenoiser(self.unet, self.architecture.parametrisation, config.var_type)
+        guidances = [Clamp()] if config.clip_denoised else []
+        if any(guidance_weight):
+            spare = next(sentence for sentence, w in zip(text, guidance_weight, strict=True) if w)
+            loss = ClipSimilarity(self.clip, [sentence or spare for sentence in text])
+            guidances += METHODS[config.method](loss, torch.tensor(guidance_weight, device=self.device))
+        noise = Noise(seed, (self.architecture.unet.image_channels, size, size), self.device)
+        update = ddim(config.ddim_eta) if config.ddim else ancestral
+        return sample(GuidedDenoiser(denoise, guidances), self.steps, update, noise)
+
+    @torch.enable_grad()
+    def draw(
+        self, text: Sequence[str], seed: Sequence[int], guidance_weight: Sequence[float], progress: bool = False
+    ) -> Tensor:
+        """The pictures that :meth:`sample` ends with, (B, C, H, W) in [-1, 1], by the averaged weights."""
+        training = self.unet.training
+        self.unet.eval()
+        try:
+            with self.ema.applied():
+                states = self.sample(text, seed, guidance_weight)
+                for state in tqdm(states, total=len(self.steps), desc="steps", leave=False, disable=not progress):
+                    image = state.x
+        finally:
+            self.unet.train(training)
+        return image.clamp(-1, 1)
+
+    @property
+    def steps(self) -> list[Step]:
+        return self.schedule.steps(self.sampling.skip_steps, self.sampling.skip_type)
+
+    def predict_step(self, batch: dict[str, list], batch_idx: int) -> dict[str, Any]:
+        """Make the pictures of a batch of requests (a list for each of index, text, seed and guidance_weight).
+
+        Returns:
+            ``image``: (B, C, H, W) in [-1, 1]; ``clip_similarity``: a cosine for each picture that has a text, else
+            None; ``provenance``: what all pictures of this run have in common.
+        """
+        # Gradients are needed here, and Lightning's Trainer predicts in inference mode unless told otherwise.
+        with torch.inference_mode(False), torch.enable_grad():
+            if any(p.is_inference() for p in self.unet.parameters()):
+                raise RuntimeError("the network was made in inference mode and can't guide")
+            try:
+                image = self.draw(batch["text"], batch["seed"], batch["guidance_weight"], self._shows_progress)
+            except GuidanceError as error:
+                request = {name: values[error.position] for name, values in batch.items()}
+                raise GuidanceError(error.position, f"{error.reason} in request {request}") from error
+            return {
+                "image": image,
+                "clip_similarity": self.clip_similarity(image, batch["text"]),
+                "provenance": self.provenance(),
+            }
+
+    def test_step(self, batch: dict[str, list], batch_idx: int) -> dict[str, Any]:
+        return self.predict_step(batch, batch_idx)
+
+    @torch.no_grad()
+    def clip_similarity(self, image: Tensor, text: Sequence[str]) -> list[float | None]:
+        if not any(text):
+            return [None] * len(text)
+        spare = next(sentence for sentence in text if sentence)
+        cosines = ClipSimilarity(self.clip, [sentence or spare for sentence in text])(image).tolist()
+        return [cosine if sentence else None for cosine, sentence in zip(cosines, text, strict=True)]
+
+    def provenance(self) -> dict[str, Any]:
+        """What it takes, beside a request, to make its picture again."""
+        if self._provenance is None:
+            config = self.sampling
+            self._provenance = {
+                "method": config.method,
+                "steps": config.skip_steps,
+                "skip_type": config.skip_type,
+                "sampler": f"ddim(eta={config.ddim_eta:g})" if config.ddim else f"ddpm({config.var_type})",
+                "weights": str(self.weights_path or self.trainer.ckpt_path),
+                "weights_hash": state_hash(self.ema.average),
+                "clip": self.clip_name,
+                "clip_hash": None if self._clip is None else self._clip.hash(),
+                "device": self.device.type,
+            }
+        return self._provenance
+
+    def setup(self, stage: str) -> None:
+        if stage in ("predict", "test") and self._clip is None and self.clip_name is not None:
+            self._clip = Clip.load(self.clip_name)  # here, for the loops that follow run in inference mode
+
+    def on_predict_start(self) -> None:
+        self._check_weights()
+
+    def on_test_start(self) -> None:
+        self._check_weights()
+
+    def _check_weights(self) -> None:
+        if not self.trained:
+            raise InputError("weights: none given; --weights with a file or folder, or --ckpt_path, would do")
+
+    @property
+    def _shows_progress(self) -> bool:
+        return self.global_rank == 0 and self.trainer.progress_bar_callback is not None
+
+    # checkpoints: `state_dict` holds the averaged weights, `current_model_state` the ones that train
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["architecture"] = self.architecture.to_dict()
+        checkpoint["current_model_state"] = dict(checkpoint["state_dict"])
+        for name, average in self.ema.average.items():
+            checkpoint["state_dict"][f"unet.{name}"] = average.detach().clone()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        given = Architecture.from_dict(checkpoint["architecture"])
+        if given != self.architecture:
+            raise InputError(f"ckpt_path: the checkpoint is of {given}; the config says {self.architecture}")
+        averaged = {name.removeprefix("unet."): value for name, value in checkpoint["state_dict"].items()}
+        Weights(given, averaged).into(self.unet)
+        self.ema.load(averaged)
+        self.trained = True
+        if self._trainer is not None and self.trainer.training:
+            checkpoint["state_dict"] = checkpoint["current_model_state"]

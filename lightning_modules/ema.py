@@ -1,0 +1,46 @@
+"""An exponential moving average of a network's weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """Averages the parameters of ``network``: ``average = decay·average + (1 − decay)·weight`` after each step.
+
+    Args:
+        network: whose parameters are averaged, in their own order and on their own device.
+        decay: the limit of the decay, which starts low and rises as (1 + n) / (10 + n).
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.network, self.decay = network, decay
+        self.average = {name: p.detach().clone() for name, p in network.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, n: int) -> None:
+        """Take the weights in after step ``n`` (1 is the first)."""
+        decay = min(self.decay, (1 + n) / (10 + n))
+        for name, p in self.network.named_parameters():
+            self.average[name] = self.average[name].to(p.device).lerp_(p.detach(), 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within, the network has the averaged weights."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, p in self.network.named_parameters():
+            own = p.detach().clone()
+            p.copy_(self.average[name])
+            self.average[name] = own
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        self.average = {name: state[name].clone() for name in self.average}

@@ -1,0 +1,84 @@
+"""Small things that tests share: a network, a CLIP and weights that take no time."""
+
+import os
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+
+from datamodules.faces import FacesDataModule
+from diffusion.clip import new_model, save_folder
+from diffusion.methods import SamplingConfig
+from diffusion.unet import UNet, UNetConfig
+from diffusion.weights import Architecture, Weights, save_weights
+from lightning_modules.clip import OPENAI_PREPROCESSING
+from lightning_modules.ddpm import DDPMModule
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+TINY_UNET = UNetConfig(patch=2, channels=(8, 16), num_res_blocks=1, attention_levels=(1,), norm_groups=4)
+TINY_CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 4},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+
+
+def randomise(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Give every parameter a random value, those that start at zero too."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * (p[0].numel() ** -0.5 if p.ndim > 1 else 0.3))
+    return network
+
+
+@pytest.fixture(scope="session")
+def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Safetensors of a random 16-pixel network."""
+    path = tmp_path_factory.mktemp("weights") / "ddpm.safetensors"
+    network = randomise(UNet(TINY_UNET))
+    architecture = Architecture(TINY_UNET, image_size=16, schedule="cosine", num_timesteps=100, parametrisation="v")
+    save_weights(path, Weights(architecture, network.state_dict()))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An open_clip folder with a random CLIP."""
+    folder = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    save_folder(folder, new_model(TINY_CLIP), TINY_CLIP, {"size": 16, **OPENAI_PREPROCESSING})
+    return folder
+
+
+def tiny_module(**kwargs) -> DDPMModule:
+    """A 16-pixel model that learns in seconds."""
+    defaults = {
+        "unet": TINY_UNET,
+        "image_size": 16,
+        "schedule": "cosine",
+        "num_timesteps": 100,
+        "parametrisation": "v",
+        "sampling": SamplingConfig(skip_steps=5),
+        "learning_rate": 2e-3,
+        "ema_decay": 0.9,
+    }
+    return DDPMModule(**{**defaults, **kwargs})
+
+
+def tiny_faces() -> FacesDataModule:
+    return FacesDataModule(size=16, train_count=32, val_count=8, batch_size=8)
+
+
+def tiny_trainer(root: Path, **kwargs) -> L.Trainer:
+    defaults = {
+        "accelerator": "cpu",
+        "default_root_dir": root,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return L.Trainer(**{**defaults, **kwargs})

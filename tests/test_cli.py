@@ -1,0 +1,199 @@
+"""The command line as a person uses it, on a model that takes no time."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from cli import main
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_weights: Path, tiny_clip: Path) -> str:
+    """A config for fit and predict, in the shape of configs/faces.yaml."""
+    faces = yaml.safe_load((ROOT / "configs/faces.yaml").read_text())
+    model = faces["model"]["init_args"]
+    model["unet"] = {"patch": 2, "channels": [8, 16], "num_res_blocks": 1, "attention_levels": [1], "norm_groups": 4}
+    model |= {"image_size": 16, "num_timesteps": 100, "default_weights": str(tiny_weights), "clip": str(tiny_clip)}
+    model["sampling"] = {"skip_steps": 4}
+    faces["data"]["init_args"] |= {"size": 16, "train_count": 32, "val_count": 8, "batch_size": 8}
+    trainer = faces["trainer"] | {"max_steps": 4, "val_check_interval": 4, "accelerator": "cpu"}
+    trainer |= {"enable_progress_bar": False, "log_every_n_steps": 1}
+    trainer["logger"]["init_args"]["save_dir"] = str(tmp_path / "runs")
+    for callback in trainer["callbacks"]:
+        arguments = callback.get("init_args", {})
+        arguments |= {name: 4 for name in ("every_n_train_steps", "every_n_steps") if name in arguments}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(faces | {"trainer": trainer}))
+    return str(path)
+
+
+def predict(config: str, out: Path, *more: str) -> None:
+    main(["predict", "-c", config, "--save_dir", str(out), *more])
+
+
+def metadata(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metadata.jsonl").read_text().splitlines()]
+
+
+CONTRACT = (
+    "--text",
+    "an old man with a smile",
+    "a young girl with brown hair",
+    "--guidance_weight",
+    "10",
+    "50",
+    "--n_samples",
+    "2",
+    "--seed",
+    "1",
+)
+
+
+def test_predict_writes_what_the_contract_says(config: str, tmp_path: Path) -> None:
+    out = tmp_path / "x"
+    predict(config, out, *CONTRACT)
+    rows = metadata(out)
+    assert [row["file_name"] for row in rows] == [f"{i:06d}.png" for i in range(10)]
+    assert [row["seed"] for row in rows] == [1] * 5 + [2] * 5
+    assert [(row["text"], row["guidance_weight"]) for row in rows[:5]] == [
+        ("", 0),
+        ("an old man with a smile", 10),
+        ("an old man with a smile", 50),
+        ("a young girl with brown hair", 10),
+        ("a young girl with brown hair", 50),
+    ]
+    for row in rows:
+        assert {"method", "steps", "sampler", "weights_hash", "clip_hash", "torch", "clipward"} <= row.keys()
+        assert (row["clip_similarity"] is None) == (row["text"] == "")
+        with Image.open(out / row["file_name"]) as picture:
+            assert picture.size == (16, 16)
+            assert json.loads(picture.text["clipward"])["seed"] == row["seed"]
+    with Image.open(out / "grid.png") as grid:
+        assert grid.width > 5 * 96
+    assert (out / "config.predict.yaml").is_file()
+    assert not list(out.glob(".*"))
+
+
+def test_the_same_command_gives_the_same_bytes_anywhere(config: str, tmp_path: Path) -> None:
+    predict(config, tmp_path / "x", *CONTRACT)
+    predict(config, tmp_path / "y", *CONTRACT)
+    main(["predict", "-c", str(tmp_path / "x/config.predict.yaml"), "--save_dir", str(tmp_path / "z")])
+    for file in sorted((tmp_path / "x").glob("*.png")) + [tmp_path / "x/metadata.jsonl"]:
+        for other in ("y", "z"):
+            assert file.read_bytes() == (tmp_path / other / file.name).read_bytes(), (file.name, other)
+
+
+def test_the_micro_batch_does_not_matter(config: str, tmp_path: Path) -> None:
+    for size in ("1", "8"):
+        predict(config, tmp_path / size, *CONTRACT, "--micro_batch", size)
+    for name in (f"{i:06d}.png" for i in range(10)):
+        a, b = (
+            torch.frombuffer(bytearray(Image.open(tmp_path / size / name).tobytes()), dtype=torch.uint8)
+            for size in ("1", "8")
+        )
+        assert (a.int() - b.int()).abs().max() <= 2
+
+
+def test_a_stopped_predict_makes_what_is_missing_and_nothing_else(config: str, tmp_path: Path) -> None:
+    out = tmp_path / "x"
+    predict(config, out, *CONTRACT)
+    before = {file.name: file.read_bytes() for file in out.glob("0*.png")}
+    (out / "000003.png").unlink()
+    old = {file.name: file.stat().st_mtime_ns for file in out.glob("0*.png")}
+    predict(config, out, *CONTRACT, "--micro_batch", "3")
+    after = {file.name: file.read_bytes() for file in out.glob("0*.png")}
+    assert after.keys() == before.keys()
+    assert {file.name: file.stat().st_mtime_ns for file in out.glob("0*.png") if file.name in old} == old
+    assert len(metadata(out)) == 10
+
+
+def test_another_command_into_the_same_folder_is_refused(config: str, tmp_path: Path) -> None:
+    out = tmp_path / "x"
+    predict(config, out, *CONTRACT)
+    kept = (out / "000001.png").read_bytes()
+    with pytest.raises(SystemExit, match="guidance_weight: .*50.0.* there, .*70.0.* here"):
+        predict(config, out, *CONTRACT, "--guidance_weight", "10", "70")
+    assert (out / "000001.png").read_bytes() == kept
+    predict(config, out, *CONTRACT, "--n_samples", "1", "--overwrite", "true")
+    assert len(metadata(out)) == 5
+    assert len(list(out.glob("0*.png"))) == 5
+
+
+def test_a_folder_with_other_files_is_refused(config: str, tmp_path: Path) -> None:
+    (tmp_path / "holiday.jpg").write_bytes(b"precious")
+    with pytest.raises(SystemExit, match=r"it has no config\.predict\.yaml"):
+        predict(config, tmp_path, "--overwrite", "true")
+    assert (tmp_path / "holiday.jpg").read_bytes() == b"precious"
+
+
+def test_datasets_opens_the_folder(config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from datasets import load_dataset
+
+    predict(config, tmp_path / "x", *CONTRACT)
+    rows = load_dataset("imagefolder", data_dir=str(tmp_path / "x"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert len(rows) == 10
+    assert rows[1]["text"] == "an old man with a smile"
+    assert rows[1]["image"].size == (16, 16)
+
+
+def test_short_flags_reach_the_model(config: str, tmp_path: Path) -> None:
+    flags = ["--method", "score_guidance", "--skip_steps", "3", "--skip_type", "quad", "--ddim", "--ddim_eta", "0.5"]
+    predict(config, tmp_path / "x", "--text", "a man", "--n_samples", "1", *flags)
+    row = metadata(tmp_path / "x")[1]
+    found = {name: row[name] for name in ("method", "steps", "skip_type", "sampler")}
+    assert found == {"method": "score_guidance", "steps": 3, "skip_type": "quad", "sampler": "ddim(eta=0.5)"}
+
+
+def test_fit_logs_saves_and_resumes_and_predict_takes_what_it_saved(config: str, tmp_path: Path) -> None:
+    main(["fit", "-c", config])
+    last = next((tmp_path / "runs").rglob("last.ckpt"))
+    assert list((tmp_path / "runs").rglob("events.out.tfevents*"))
+    assert list((tmp_path / "runs").rglob("config.fit.yaml"))
+    main(["fit", "-c", config, "--ckpt_path", str(last), "--trainer.max_steps", "6"])
+    main(["validate", "-c", config, "--ckpt_path", str(last)])
+    predict(config, tmp_path / "a", "--ckpt_path", str(last), "--n_samples", "1")
+    predict(config, tmp_path / "b", "--weights", str(last), "--n_samples", "1")
+    assert (tmp_path / "a/000000.png").exists()
+    hashes = {metadata(tmp_path / name)[0]["weights_hash"] for name in "ab"}
+    assert len(hashes) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--weights", "nowhere.safetensors"), "weights: there is no file nowhere.safetensors"),
+        (("--clip", "nowhere"), "clip: 'nowhere' is neither a folder nor a pretrained model"),
+        (("--text", "man " * 40), "26 tokens too long"),
+        (("--n_samples", "0"), "n_samples: 0 given"),
+        (("--skip_steps", "101"), "skip_steps: 101 given"),
+        (("--ddim", "--ddim_eta", "2"), "ddim_eta: 2.0 given"),
+        (("--var_type", "learned_range"), "learned_range"),
+        (("--prompts", "nowhere.txt"), "prompts: there is no file"),
+    ],
+)
+def test_bad_input_gets_one_line_and_nothing_half_written(
+    config: str, tmp_path: Path, flags: tuple, message: str
+) -> None:
+    with pytest.raises(SystemExit, match=f"error: .*{message}") as stopped:
+        predict(config, tmp_path / "x", *flags)
+    assert "\n" not in str(stopped.value.code)
+    assert not list(tmp_path.glob("x/*.png"))
+
+
+@pytest.mark.parametrize("flags", [("--txet", "a"), ("-c", "nowhere.yaml"), ("--skip_type", "log"), ("--seed", "one")])
+def test_a_wrong_flag_is_named(config: str, capsys: pytest.CaptureFixture, flags: tuple) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["predict", "-c", config, *flags])
+    assert stopped.value.code not in (0, None)
+    assert flags[0].strip("-") in capsys.readouterr().err or flags[1] in capsys.readouterr().err
+
+
+def test_predict_without_weights_is_refused(config: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="weights: none given"):
+        predict(config, tmp_path / "x", "--model.default_weights", "null")

@@ -1,0 +1,231 @@
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from conftest import tiny_faces, tiny_module, tiny_trainer
+from lightning.pytorch import seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from callbacks.guided_samples import GuidedSamples
+from datamodules.prompts import PromptDataModule
+from diffusion.guidance import GuidanceError
+from diffusion.methods import SamplingConfig
+from diffusion.weights import load_weights
+from errors import InputError
+from lightning_modules.ddpm import DDPMModule
+
+
+def fitted(root: Path, steps: int = 12, ckpt_path: str | None = None, callbacks: tuple = (), **kwargs) -> DDPMModule:
+    seed_everything(1)
+    module = tiny_module(**kwargs)
+    trainer = tiny_trainer(root, max_steps=steps, callbacks=list(callbacks), enable_checkpointing=None)
+    trainer.fit(module, tiny_faces(), ckpt_path=ckpt_path)
+    return module
+
+
+def predictions(module: DDPMModule, data: PromptDataModule, root: Path, **kwargs) -> torch.Tensor:
+    batches = tiny_trainer(root, **kwargs).predict(module, data)
+    return torch.cat([batch["image"] for batch in batches])
+
+
+def checkpoint_of(root: Path) -> str:
+    return str(next(root.rglob("*.ckpt")))
+
+
+def test_the_loss_falls(tmp_path: Path) -> None:
+    seed_everything(0)
+    module = tiny_module()
+    trainer = tiny_trainer(tmp_path, max_steps=120, val_check_interval=1.0)
+    data = tiny_faces()
+    trainer.fit(module, data)
+    after = trainer.validate(module, data, verbose=False)[0]["val/loss"]
+    before = tiny_trainer(tmp_path).validate(tiny_module(), data, verbose=False)[0]["val/loss"]
+    assert after < 0.8 * before
+
+
+def test_the_loss_is_the_mean_squared_error_in_the_networks_own_terms() -> None:
+    x0, eps, t = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 16, 16), torch.tensor([10, 90])
+    for parametrisation in ("eps", "x0", "v"):
+        module = tiny_module(parametrisation=parametrisation)
+        module.configure_model()  # a new network puts out 0
+        a = module.schedule.alpha_bar[t].float()[:, None, None, None]
+        target = {"eps": eps, "x0": x0, "v": a.sqrt() * eps - (1 - a).sqrt() * x0}[parametrisation]
+        torch.testing.assert_close(module.loss(x0, t, eps), target.square().mean())
+
+
+def test_validation_is_the_same_every_time(tmp_path: Path) -> None:
+    module, data = tiny_module(), tiny_faces()
+    losses = [tiny_trainer(tmp_path).validate(module, data, verbose=False)[0]["val/loss"] for _ in range(2)]
+    assert losses[0] == losses[1]
+
+
+def test_the_average_follows_its_formula(tmp_path: Path) -> None:
+    seed_everything(0)
+    module, history = tiny_module(), []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args) -> None:
+            history.append(pl_module.unet.conv_in.weight.detach().clone())
+
+    module.configure_model()
+    average = module.unet.conv_in.weight.detach().clone()
+    tiny_trainer(tmp_path, max_steps=4, callbacks=[Watch()]).fit(module, tiny_faces())
+    for n, weight in enumerate(history, start=1):
+        decay = min(0.9, (1 + n) / (10 + n))
+        average = decay * average + (1 - decay) * weight
+    torch.testing.assert_close(module.ema.average["conv_in.weight"], average)
+    assert not torch.equal(module.unet.conv_in.weight, average)
+
+
+def test_a_checkpoint_holds_the_average_and_the_weights_that_train(tmp_path: Path) -> None:
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=12, save_weights_only=True)
+    module = fitted(tmp_path, callbacks=(saver,))
+    checkpoint = torch.load(checkpoint_of(tmp_path), weights_only=True)
+    name = "unet.conv_in.weight"
+    assert torch.equal(checkpoint["current_model_state"][name], module.unet.conv_in.weight)
+    assert torch.equal(checkpoint["state_dict"][name], module.ema.average["conv_in.weight"])
+    assert not any("clip" in key for key in checkpoint["state_dict"])
+    weights = load_weights(Path(checkpoint_of(tmp_path)))
+    assert weights.architecture == module.architecture
+    assert torch.equal(weights.state["conv_in.weight"], module.ema.average["conv_in.weight"])
+
+
+def test_a_stopped_fit_goes_on_from_where_it_was(tmp_path: Path) -> None:
+    stopped = fitted(tmp_path, steps=6, callbacks=(ModelCheckpoint(tmp_path, every_n_train_steps=6),))
+    found = {}
+
+    class AtStart(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: DDPMModule) -> None:
+            found["weights"] = [p.detach().clone() for p in pl_module.unet.parameters()]
+            found["average"] = {name: value.clone() for name, value in pl_module.ema.average.items()}
+            found["momentum"] = trainer.optimizers[0].state_dict()["state"][0]["exp_avg"].clone()
+            found["step"] = trainer.global_step
+
+    resumed = tiny_module()
+    trainer = tiny_trainer(tmp_path, max_steps=8, callbacks=[AtStart()])
+    trainer.fit(resumed, tiny_faces(), ckpt_path=checkpoint_of(tmp_path))
+    assert found["step"] == 6
+    assert all(torch.equal(a, b) for a, b in zip(found["weights"], stopped.unet.parameters(), strict=True))
+    assert all(torch.equal(found["average"][name], value) for name, value in stopped.ema.average.items())
+    assert torch.equal(found["momentum"], stopped.trainer.optimizers[0].state_dict()["state"][0]["exp_avg"])
+    assert trainer.global_step == 8
+    assert not torch.equal(resumed.ema.average["conv_in.weight"], stopped.ema.average["conv_in.weight"])
+
+
+def test_samples_during_fit_leave_the_training_bit_identical(tmp_path: Path, tiny_clip: Path) -> None:
+    plain = fitted(tmp_path, clip=str(tiny_clip))
+    sampler = GuidedSamples(text=["a man"], n_samples=1, every_n_steps=3)
+    sampled = fitted(tmp_path, clip=str(tiny_clip), callbacks=(sampler,))
+    assert sampler._drawn_step == 12
+    for a, b in zip(plain.unet.parameters(), sampled.unet.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for name, average in plain.ema.average.items():
+        assert torch.equal(average, sampled.ema.average[name])
+
+
+def test_samples_during_fit_are_those_of_predict(tmp_path: Path, tiny_clip: Path) -> None:
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    logger = TensorBoardLogger(tmp_path, name="logs")
+    saver = ModelCheckpoint(tmp_path / "ckpt", every_n_train_steps=4)
+    sampler = GuidedSamples(text=["a man"], n_samples=2, every_n_steps=4)
+    module = tiny_module(clip=str(tiny_clip))
+    drawn = {}
+
+    def keep(text: list, seed: list, weight: list) -> torch.Tensor:
+        drawn["image"] = DDPMModule.draw(module, text, seed, weight)
+        return drawn["image"]
+
+    module.draw = keep
+    trainer = tiny_trainer(
+        tmp_path, max_steps=4, logger=logger, callbacks=[saver, sampler], enable_checkpointing=True, log_every_n_steps=1
+    )
+    trainer.fit(module, tiny_faces())
+    assert list((tmp_path / "logs").rglob("samples/00000004.png"))
+    again = tiny_module(clip=str(tiny_clip), weights=checkpoint_of(tmp_path / "ckpt"))
+    data = PromptDataModule(text=["a man"], guidance_weight=[100.0], n_samples=2)
+    images = predictions(again, data, tmp_path)
+    order = [0, 2, 1, 3]  # the callback draws column by column
+    torch.testing.assert_close(drawn["image"], images[order], atol=1e-5, rtol=0)
+
+
+def test_predict_guides_under_a_plain_trainer(tmp_path: Path, tiny_weights: Path, tiny_clip: Path) -> None:
+    data = PromptDataModule(text=["a man"], guidance_weight=[0, 2000], n_samples=2)
+    for inference_mode in (True, False):
+        module = tiny_module(weights=str(tiny_weights), clip=str(tiny_clip))
+        images = predictions(module, data, tmp_path, inference_mode=inference_mode)
+        unguided, zero, guided = images[0::3], images[1::3], images[2::3]
+        torch.testing.assert_close(unguided, zero, atol=1e-4, rtol=0)
+        assert (guided - unguided).flatten(1).abs().max(dim=1).values.min() > 0.02
+
+
+def test_guidance_raises_the_similarity(tmp_path: Path, tiny_weights: Path, tiny_clip: Path) -> None:
+    sampling = SamplingConfig(skip_steps=20)
+    module = tiny_module(weights=str(tiny_weights), clip=str(tiny_clip), sampling=sampling)
+    data = PromptDataModule(text=["a man"], guidance_weight=[0, 300], n_samples=4, unguided=False)
+    batch = tiny_trainer(tmp_path).predict(module, data)[0]
+    similarity = torch.tensor(batch["clip_similarity"])
+    assert (similarity[1::2] > similarity[0::2]).all()
+
+
+@pytest.mark.parametrize("ddim", [False, True])
+@pytest.mark.parametrize("method", ["clip_guidance", "score_guidance"])
+def test_a_picture_does_not_depend_on_its_batch(
+    tmp_path: Path, tiny_weights: Path, tiny_clip: Path, method: str, ddim: bool
+) -> None:
+    sampling = SamplingConfig(method=method, skip_steps=5, ddim=ddim)
+    images = []
+    for micro_batch in (1, 7):
+        module = tiny_module(weights=str(tiny_weights), clip=str(tiny_clip), sampling=sampling)
+        data = PromptDataModule(text=["a man", "a girl"], guidance_weight=[50], n_samples=3, micro_batch=micro_batch)
+        images.append(predictions(module, data, tmp_path))
+    torch.testing.assert_close(images[0], images[1], atol=1 / 255, rtol=0)
+
+
+def test_an_unguided_picture_has_no_similarity_and_needs_no_clip(tmp_path: Path, tiny_weights: Path) -> None:
+    module = tiny_module(weights=str(tiny_weights))
+    batch = tiny_trainer(tmp_path).predict(module, PromptDataModule(n_samples=2))[0]
+    assert batch["clip_similarity"] == [None, None]
+    assert batch["provenance"]["clip"] is None
+
+
+def test_weights_bring_their_own_architecture(tmp_path: Path, tiny_weights: Path) -> None:
+    module = DDPMModule(weights=str(tiny_weights), sampling=SamplingConfig(skip_steps=2))
+    assert predictions(module, PromptDataModule(n_samples=1), tmp_path).shape == (1, 3, 16, 16)
+
+
+def test_predict_without_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="weights: none given"):
+        tiny_trainer(tmp_path).predict(tiny_module(), PromptDataModule(n_samples=1))
+
+
+def test_a_text_without_a_clip_is_refused(tmp_path: Path, tiny_weights: Path) -> None:
+    with pytest.raises(InputError, match="clip: none given"):
+        tiny_trainer(tmp_path).predict(tiny_module(weights=str(tiny_weights)), PromptDataModule(text=["a man"]))
+
+
+def test_a_broken_guidance_names_the_request(tmp_path: Path, tiny_weights: Path, tiny_clip: Path) -> None:
+    module = tiny_module(weights=str(tiny_weights), clip=str(tiny_clip))
+    module.clip.model.visual.proj.data.zero_()
+    with pytest.raises(GuidanceError, match=r"at t=.* in request .*'text': 'a man'.*'seed': 4"):
+        tiny_trainer(tmp_path).predict(module, PromptDataModule(text=["a man"], seed=4, n_samples=1))
+
+
+def test_default_weights_serve_predict_and_not_fit(tmp_path: Path, tiny_weights: Path) -> None:
+    module = tiny_module(default_weights=str(tiny_weights))
+    predictions(module, PromptDataModule(n_samples=1), tmp_path)
+    assert module.trained
+    fit = tiny_module(default_weights=str(tiny_weights))
+    tiny_trainer(tmp_path, max_steps=1).fit(fit, tiny_faces())
+    assert not fit.trained
+    tuned = tiny_module(weights=str(tiny_weights), learning_rate=0.0)
+    tiny_trainer(tmp_path, max_steps=1).fit(tuned, tiny_faces())
+    torch.testing.assert_close(tuned.unet.conv_in.weight.data, load_weights(tiny_weights).state["conv_in.weight"])
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
+    fitted(tmp_path, callbacks=(ModelCheckpoint(tmp_path, every_n_train_steps=12),))
+    other = tiny_module(num_timesteps=50)
+    with pytest.raises(InputError, match="the checkpoint is of"):
+        tiny_trainer(tmp_path, max_steps=20).fit(other, tiny_faces(), ckpt_path=checkpoint_of(tmp_path))

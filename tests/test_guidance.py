@@ -1,0 +1,193 @@
+"""A Gaussian prior with a Gaussian likelihood as the oracle, and the identities of the table, in float64.
+
+Prior x0 ~ N(0, τ²), likelihood y | x0 ~ N(x0, ρ²): the ideal denoiser, the ideal gradients and the posterior
+x0 | y ~ N(y·τ²/(τ²+ρ²), τ²ρ²/(τ²+ρ²)) are all in closed form.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffusion.denoiser import Prediction, to_eps
+from diffusion.guidance import (
+    Clamp,
+    GradientGuidance,
+    GuidanceError,
+    GuidedDenoiser,
+    grad_clean,
+    grad_denoised,
+    grad_noisy,
+    shift_eps,
+    shift_mean,
+    shift_x0,
+)
+from diffusion.sampling import Noise, ancestral, ddim, sample
+from diffusion.schedule import Schedule, Step
+
+TAU2, RHO2, Y = 0.5, 0.25, 0.8
+POSTERIOR_MEAN, POSTERIOR_VAR = Y * TAU2 / (TAU2 + RHO2), TAU2 * RHO2 / (TAU2 + RHO2)
+SCHEDULE = Schedule.named("linear")
+
+
+def ideal(x: Tensor, step: Step) -> Prediction:
+    """E[x0 | x_t] under the prior."""
+    a = step.alpha_bar_t
+    x0 = a**0.5 * TAU2 / (a * TAU2 + 1 - a) * x
+    return Prediction(x0, to_eps(x0, x, a), x.new_tensor(step.posterior_variance))
+
+
+def spread(step: Step) -> float:
+    """Var[x0 | x_t] under the prior."""
+    a = step.alpha_bar_t
+    return TAU2 * (1 - a) / (a * TAU2 + 1 - a)
+
+
+def log_likelihood(image: Tensor, step: Step) -> Tensor:
+    """log p(y | x_t) as a function of x̂0: y is N(x̂0, ρ² + Var[x0 | x_t])."""
+    return -((Y - image) ** 2).flatten(1).sum(dim=1) / (2 * (RHO2 + spread(step)))
+
+
+def noisy_log_likelihood(image: Tensor, step: Step) -> Tensor:
+    """The same as a function of x_t, as a critic trained on noisy images knows it."""
+    return log_likelihood(ideal(image, step).x0, step)
+
+
+def land(gradient, loss, shift, update, n: int = 1000) -> Tensor:
+    guidance = GradientGuidance(loss, torch.ones(64), gradient, shift)
+    *_, last = sample(GuidedDenoiser(ideal, [guidance]), SCHEDULE.steps(n), update, Noise(range(64), (1, 16, 16)))
+    return last.x
+
+
+@pytest.mark.parametrize("update", [ancestral, ddim(1.0)], ids=["ddpm", "ddim eta=1"])
+@pytest.mark.parametrize("shift", [shift_mean, shift_eps])
+@pytest.mark.parametrize("gradient", [grad_denoised, grad_noisy])
+def test_guided_sampling_lands_on_the_posterior(gradient, shift, update) -> None:
+    x = land(gradient, log_likelihood if gradient is grad_denoised else noisy_log_likelihood, shift, update)
+    assert x.mean().item() == pytest.approx(POSTERIOR_MEAN, abs=0.02)
+    assert x.var().item() == pytest.approx(POSTERIOR_VAR, rel=0.05)
+
+
+def test_score_addition_lands_on_the_posterior_without_noise_too() -> None:
+    x = land(grad_denoised, log_likelihood, shift_eps, ddim(0.0))
+    assert x.mean().item() == pytest.approx(POSTERIOR_MEAN, abs=0.02)
+    assert x.var().item() == pytest.approx(POSTERIOR_VAR, rel=0.05)
+
+
+def test_the_mean_shift_still_guides_without_noise_and_about_twice_as_hard() -> None:
+    x = land(grad_denoised, log_likelihood, shift_mean, ddim(0.0))
+    assert x.mean().item() > POSTERIOR_MEAN
+
+
+def test_unguided_sampling_lands_on_the_prior() -> None:
+    *_, last = sample(GuidedDenoiser(ideal, []), SCHEDULE.steps(1000), ancestral, Noise(range(64), (1, 16, 16)))
+    assert last.x.mean().item() == pytest.approx(0, abs=0.02)
+    assert last.x.var().item() == pytest.approx(TAU2, rel=0.05)
+
+
+# identities
+
+
+@pytest.fixture
+def moment() -> tuple[Step, Tensor, Prediction, Tensor]:
+    """A step, x_t, a prediction and a direction, in float64."""
+    step = SCHEDULE.step(600, 580)
+    x, x0, g = torch.randn(3, 2, 1, 4, 4, dtype=torch.float64)
+    pred = Prediction(x0, to_eps(x0, x, step.alpha_bar_t), torch.tensor(step.posterior_variance, dtype=torch.float64))
+    return step, x, pred, g
+
+
+def no_noise(x: Tensor) -> Tensor:
+    return torch.zeros_like(x)
+
+
+def test_shift_mean_moves_the_mean_by_variance_times_gradient(moment) -> None:
+    step, x, pred, g = moment
+    for update in (ancestral, ddim(0.0), ddim(0.7)):
+        before = update(x, pred, step, lambda: no_noise(x))
+        after = update(x, shift_mean(pred, g, step), step, lambda: no_noise(x))
+        torch.testing.assert_close(after - before, pred.variance * g, rtol=1e-10, atol=1e-12)
+
+
+def test_shift_eps_adds_the_gradient_to_the_score_and_stays_on_x_t(moment) -> None:
+    step, x, pred, g = moment
+    shifted = shift_eps(pred, g, step)
+    root = (1 - step.alpha_bar_t) ** 0.5
+    torch.testing.assert_close(-shifted.eps / root, -pred.eps / root + g)
+    torch.testing.assert_close(to_eps(shifted.x0, x, step.alpha_bar_t), shifted.eps)
+
+
+def test_shift_eps_is_the_whole_guidance_of_ddim_by_dhariwal_and_nichol(moment) -> None:
+    step, x, pred, g = moment
+    eps = pred.eps - (1 - step.alpha_bar_t) ** 0.5 * g
+    x0 = (x - (1 - step.alpha_bar_t) ** 0.5 * eps) / step.alpha_bar_t**0.5
+    theirs = step.alpha_bar_s**0.5 * x0 + (1 - step.alpha_bar_s) ** 0.5 * eps
+    torch.testing.assert_close(ddim(0.0)(x, shift_eps(pred, g, step), step, lambda: no_noise(x)), theirs)
+
+
+def test_shift_x0_moves_the_picture_alone(moment) -> None:
+    step, _, pred, g = moment
+    shifted = shift_x0(pred, g, step)
+    torch.testing.assert_close(shifted.x0 - pred.x0, g)
+    assert shifted.eps is pred.eps
+
+
+def test_the_three_gradients_agree_up_to_the_jacobian(moment) -> None:
+    step, x, _, _ = moment
+    x = x.requires_grad_()
+    pred = ideal(x, step)
+    jacobian = pred.x0.detach().flatten()[0] / x.detach().flatten()[0]
+    through = grad_denoised(log_likelihood, pred, x, step)
+    torch.testing.assert_close(through, grad_noisy(noisy_log_likelihood, pred, x, step))
+    torch.testing.assert_close(through, jacobian * grad_clean(log_likelihood, pred, x, step))
+
+
+def test_a_clamp_stays_on_x_t_and_stops_the_gradient_of_what_it_saturates(moment) -> None:
+    step, x, _, _ = moment
+    x = x.requires_grad_()
+    pred = ideal(x, step)
+    pred = pred._replace(x0=3 * pred.x0)
+    clamped = Clamp()(pred, x, step)
+    assert clamped.x0.abs().max() <= 1
+    torch.testing.assert_close(to_eps(clamped.x0, x, step.alpha_bar_t), clamped.eps)
+    gradient = grad_denoised(log_likelihood, clamped, x, step)
+    assert torch.equal(gradient == 0, pred.x0.abs() > 1)
+
+
+# per image
+
+
+def test_each_image_has_its_own_weight_and_0_leaves_it_as_it_was() -> None:
+    weight = torch.tensor([0.0, 1.0, 3.0])
+    x, step = torch.randn(3, 1, 4, 4), SCHEDULE.step(400, 380)
+    guided = GuidedDenoiser(ideal, [GradientGuidance(log_likelihood, weight, grad_denoised, shift_mean)])(x, step)
+    plain = GuidedDenoiser(ideal, [])(x, step)
+    assert torch.equal(guided.x0[0], plain.x0[0])
+    for i in (1, 2):
+        one = GradientGuidance(log_likelihood, weight[i : i + 1], grad_denoised, shift_mean)
+        alone = GuidedDenoiser(ideal, [one])(x[i : i + 1], step)
+        torch.testing.assert_close(guided.x0[i], alone.x0[0])
+        assert not torch.equal(guided.x0[i], plain.x0[i])
+
+
+def test_no_guidance_is_the_denoiser_itself_and_keeps_no_graph() -> None:
+    x, step = torch.randn(2, 1, 4, 4), SCHEDULE.step(400, 380)
+    guided = GuidedDenoiser(ideal, [])(x, step)
+    assert all(torch.equal(a, b) for a, b in zip(guided, ideal(x, step), strict=True))
+    assert not guided.x0.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("loss", "reason"),
+    [
+        (lambda image, step: image.flatten(1).sum(1) * torch.tensor([1.0, 0.0]), "no gradient"),
+        (lambda image, step: image.flatten(1).sum(1) * torch.tensor([1.0, float("nan")]), "not finite"),
+    ],
+)
+def test_a_guidance_that_does_nothing_is_an_error_that_says_where(loss, reason: str) -> None:
+    x, step = torch.randn(2, 1, 4, 4), SCHEDULE.step(400, 380)
+    denoise = GuidedDenoiser(ideal, [GradientGuidance(loss, torch.ones(2), grad_denoised, shift_mean)])
+    with pytest.raises(GuidanceError, match=f"{reason} at t=400") as raised:
+        denoise(x, step)
+    assert raised.value.position == 1
+    # an image that asked for no guidance may have any gradient
+    GuidedDenoiser(ideal, [GradientGuidance(loss, torch.tensor([1.0, 0.0]), grad_denoised, shift_mean)])(x, step)
