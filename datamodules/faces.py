@@ -42,23 +42,18 @@ def attributes(seed: int, index: int) -> dict[str, str]:
     return {name: rng.choice(values) for name, values in ATTRIBUTES.items()}
 
 
-def caption(seed: int, index: int) -> str:
-    """A sentence that names some of the attributes of face ``index``, and nothing that is not so."""
+def caption(seed: int, index: int, detail: float = 0.5) -> str:
+    """A sentence that names some of the attributes of face ``index``, or with a chance of ``detail`` all of them."""
     rng = random.Random(f"{seed}/{index}/caption")
-    return describe(attributes(seed, index), rng)
+    return describe(attributes(seed, index), rng, full=rng.random() < detail)
 
 
-def describe(face: dict[str, str], rng: random.Random) -> str:
-    """A random sentence that is true of ``face``: a subject, then up to three of hair, smile and glasses.
-
-    Four in five name nearly everything: a CLIP learns a small thing such as a smile from captions that tell pictures
-    apart, and hardly from ones that many pictures share.
-    """
-    full = rng.random() < 0.8
+def describe(face: dict[str, str], rng: random.Random, full: bool = False) -> str:
+    """A random sentence that is true of ``face``: a subject, and hair, smile and glasses, all of them if ``full``."""
     young, woman = face["age"] == "young", face["gender"] == "woman"
     noun = rng.choice(("woman", "lady") if woman else ("man", "gentleman"))
     child = "girl" if woman else "boy"
-    if rng.random() < (0.95 if full else 0.75):
+    if full or rng.random() < 0.75:
         subject = rng.choice((f"a young {noun}", f"a young {child}", f"a {child}") if young else (f"an old {noun}",))
     else:
         subject = rng.choice((f"a {noun}", f"a {noun}", "an old person" if not young else "a young person", "a person"))
@@ -69,7 +64,7 @@ def describe(face: dict[str, str], rng: random.Random) -> str:
         "smile": "a smile" if smiling else "a serious face",
         "glasses": "glasses" if glasses else "no glasses",
     }
-    named = [name for name in extras if rng.random() < (0.9 if full else 0.35)]
+    named = [name for name in extras if full or rng.random() < 0.5]
     rng.shuffle(named)
 
     adjective = ""
@@ -303,8 +298,8 @@ class Faces(Dataset[dict]):
     position of the value in :data:`ATTRIBUTES`.
     """
 
-    def __init__(self, seed: int, count: int, size: int = 64, flip: bool = False) -> None:
-        self.seed, self.count, self.size, self.flip = seed, count, size, flip
+    def __init__(self, seed: int, count: int, size: int = 64, flip: bool = False, detail: float = 0.5) -> None:
+        self.seed, self.count, self.size, self.flip, self.detail = seed, count, size, flip, detail
         self._pixels = torch.zeros(count, 3, size, size, dtype=torch.uint8)
         self._drawn = torch.zeros(count, dtype=torch.bool)
 
@@ -321,7 +316,7 @@ class Faces(Dataset[dict]):
             image = image.flip(-1)
         face = attributes(self.seed, index)
         labels = torch.tensor([values.index(face[name]) for name, values in ATTRIBUTES.items()])
-        return {"image": image, "caption": caption(self.seed, index), "labels": labels}
+        return {"image": image, "caption": caption(self.seed, index, self.detail), "labels": labels}
 
 
 class FacesDataModule(L.LightningDataModule):
@@ -332,6 +327,8 @@ class FacesDataModule(L.LightningDataModule):
         train_count: faces to train on.
         val_count: faces to validate on.
         seed: which faces; the validation set is that of ``seed + 1``.
+        caption_detail: share of the captions that name all attributes; the others name some. A CLIP learns a small
+            thing such as a smile from captions that tell pictures apart, and hardly from those that many share.
         batch_size: faces a batch, on each device.
         num_workers: processes that draw; 0 draws in the training process and keeps what it drew.
     """
@@ -342,16 +339,18 @@ class FacesDataModule(L.LightningDataModule):
         train_count: int = 50_000,
         val_count: int = 1_000,
         seed: int = 0,
+        caption_detail: float = 0.5,
         batch_size: int = 64,
         num_workers: int = 0,
     ) -> None:
         super().__init__()
         self.size, self.train_count, self.val_count = size, train_count, val_count
-        self.seed, self.batch_size, self.num_workers = seed, batch_size, num_workers
+        self.seed, self.caption_detail = seed, caption_detail
+        self.batch_size, self.num_workers = batch_size, num_workers
 
     def setup(self, stage: str) -> None:
-        self.train_set = Faces(self.seed, self.train_count, self.size, flip=True)
-        self.val_set = Faces(self.seed + 1, self.val_count, self.size)
+        self.train_set = Faces(self.seed, self.train_count, self.size, True, self.caption_detail)
+        self.val_set = Faces(self.seed + 1, self.val_count, self.size, False, self.caption_detail)
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(
