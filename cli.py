@@ -5,6 +5,7 @@ from typing import Any, get_type_hints
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
+from callbacks.obedience import Obedience
 from callbacks.prediction_writer import PredictionWriter
 from datamodules.prompts import PromptDataModule
 from diffusion.guidance import GuidanceError
@@ -26,7 +27,7 @@ REQUEST_FLAGS: dict[str, dict[str, Any]] = {
 
 
 class ClipwardCLI(LightningCLI):
-    """LightningCLI, where ``predict`` reads requests in place of ``data``, and the common flags have short names."""
+    """LightningCLI, where predict and test read requests in place of ``data``, and common flags have short names."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -35,11 +36,15 @@ class ClipwardCLI(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand == "predict":
+        if subcommand in ("predict", "test"):
             for flag, options in REQUEST_FLAGS.items():
                 parser.add_argument(f"--{flag}", **options)
-            parser.add_argument("--save_dir", type=str, default="out/predict", help="the folder for the pictures")
+            parser.add_argument("--save_dir", type=str, default=f"out/{subcommand}", help="the folder for what is made")
+        if subcommand == "predict":
             parser.add_argument("--overwrite", type=bool, default=False, help="replace another command's pictures")
+        if subcommand == "test":
+            parser.add_argument("--judge", type=str, required=True, help="the classifier that looks at the pictures")
+            parser.set_defaults({"unguided": False, "n_samples": 16})
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -57,7 +62,7 @@ class ClipwardCLI(LightningCLI):
             self._shorten(flag, flag)
         for flag in (*SAMPLING_FLAGS, "ddim"):
             self._shorten(flag, f"sampling.{flag}")
-        if self.subcommand == "predict":
+        if self.subcommand in ("predict", "test"):
             config.trainer.logger = False
 
     def _shorten(self, flag: str, argument: str) -> None:
@@ -70,12 +75,17 @@ class ClipwardCLI(LightningCLI):
         config[flag] = None
 
     def instantiate_classes(self) -> None:
-        if self.subcommand == "predict":
+        self.callback = None
+        if self.subcommand in ("predict", "test"):
             config = self.config[self.subcommand]
             self.requests = PromptDataModule(**{flag: config[flag] for flag in REQUEST_FLAGS})
-            text = self._parser("predict").dump(config, skip_none=False)
-            self.writer = PredictionWriter(config.save_dir, text, config.overwrite)
-            self.requests.done = self.writer.finished()
+            if self.subcommand == "predict":
+                text = self._parser("predict").dump(config, skip_none=False)
+                self.callback = PredictionWriter(config.save_dir, text, config.overwrite)
+                self.requests.done = self.callback.finished()
+            else:
+                self.callback = Obedience(config.judge, config.save_dir)
+                self.callback.check([request.text for request in self.requests.requests])
         super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
@@ -83,11 +93,14 @@ class ClipwardCLI(LightningCLI):
             self.save_config_callback = SaveConfigCallback
             self.save_config_kwargs = {"config_filename": "config.fit.yaml"}
         trainer = super().instantiate_trainer(**kwargs)
-        if self.subcommand == "predict":
-            trainer.callbacks.append(self.writer)
+        if self.callback is not None:
+            trainer.callbacks.append(self.callback)
         return trainer
 
     def before_predict(self) -> None:
+        self.datamodule = self.requests
+
+    def before_test(self) -> None:
         self.datamodule = self.requests
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:

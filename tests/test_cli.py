@@ -9,6 +9,7 @@ import yaml
 from PIL import Image
 
 from cli import main
+from diffusion.classifier import Classifier, save_classifier
 
 ROOT = Path(__file__).parent.parent
 
@@ -84,7 +85,7 @@ def test_the_same_command_gives_the_same_bytes_anywhere(config: str, tmp_path: P
     predict(config, tmp_path / "x", *CONTRACT)
     predict(config, tmp_path / "y", *CONTRACT)
     main(["predict", "-c", str(tmp_path / "x/config.predict.yaml"), "--save_dir", str(tmp_path / "z")])
-    for file in sorted((tmp_path / "x").glob("*.png")) + [tmp_path / "x/metadata.jsonl"]:
+    for file in [*(tmp_path / "x").glob("*.png"), tmp_path / "x/metadata.jsonl"]:
         for other in ("y", "z"):
             assert file.read_bytes() == (tmp_path / other / file.name).read_bytes(), (file.name, other)
 
@@ -117,7 +118,7 @@ def test_another_command_into_the_same_folder_is_refused(config: str, tmp_path: 
     out = tmp_path / "x"
     predict(config, out, *CONTRACT)
     kept = (out / "000001.png").read_bytes()
-    with pytest.raises(SystemExit, match="guidance_weight: .*50.0.* there, .*70.0.* here"):
+    with pytest.raises(SystemExit, match=r"guidance_weight: .*50\.0.* there, .*70\.0.* here"):
         predict(config, out, *CONTRACT, "--guidance_weight", "10", "70")
     assert (out / "000001.png").read_bytes() == kept
     predict(config, out, *CONTRACT, "--n_samples", "1", "--overwrite", "true")
@@ -197,3 +198,23 @@ def test_a_wrong_flag_is_named(config: str, capsys: pytest.CaptureFixture, flags
 def test_predict_without_weights_is_refused(config: str, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="weights: none given"):
         predict(config, tmp_path / "x", "--model.default_weights", "null")
+
+
+def test_test_judges_what_obeys(config: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    vocabulary = yaml.safe_load((ROOT / "configs/faces_judge.yaml").read_text())["model"]["init_args"]["vocabulary"]
+    save_classifier(tmp_path / "judge.safetensors", Classifier(vocabulary, 8))
+    flags = ["--judge", str(tmp_path / "judge.safetensors"), "--save_dir", str(tmp_path / "out"), "--n_samples", "3"]
+    texts = ["--text", "an old man with a smile", "a girl", "--guidance_weight", "0", "50"]
+    main(["test", "-c", config, *flags, *texts])
+    report = json.loads((tmp_path / "out/obedience.json").read_text())
+    assert report["pictures"] == 12
+    assert [(row["text"], row["guidance_weight"]) for row in report["obedience"]] == [
+        ("a girl", 0),
+        ("a girl", 50),
+        ("an old man with a smile", 0),
+        ("an old man with a smile", 50),
+    ]
+    assert set(report["obedience"][2]["attributes"]) == {"gender", "age", "smile"}
+    assert "| an old man with a smile | 50 | 3 |" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="the judge finds nothing to look for in 'a dog'"):
+        main(["test", "-c", config, *flags, "--text", "a dog"])

@@ -1,0 +1,26 @@
+# `make demo` draws guided pictures with the weights that ship; `make test` runs the tests.
+# Both make the environment in .venv if it is missing.
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+
+.PHONY: demo test lint
+.DEFAULT_GOAL := demo
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q -c constraints.txt -e ".[test]"
+	touch $@
+
+demo: $(VENV)/installed
+	$(RUN) cli.py predict -c configs/faces.yaml \
+	  --text "an old man with a smile" "a young girl with brown hair" \
+	  --guidance_weight 10 50 100 --n_samples 4 --seed 1 --save_dir out/demo
+	@echo "The pictures lie in out/demo; all of them at once in out/demo/grid.png"
+
+test: $(VENV)/installed
+	$(RUN) -m pytest
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .

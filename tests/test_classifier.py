@@ -1,0 +1,68 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import tiny_faces, tiny_trainer
+
+from callbacks.obedience import summarise
+from datamodules.faces import ATTRIBUTES, attributes, caption
+from diffusion.classifier import Classifier, load_classifier
+from errors import InputError
+from lightning_modules.classifier import ClassifierModule
+
+CONFIG = yaml.safe_load((Path(__file__).parent.parent / "configs/faces_judge.yaml").read_text())
+VOCABULARY = CONFIG["model"]["init_args"]["vocabulary"]
+
+
+def test_the_judges_vocabulary_is_that_of_the_faces() -> None:
+    assert {name: tuple(values) for name, values in VOCABULARY.items()} == ATTRIBUTES
+
+
+def test_it_reads_what_a_caption_names() -> None:
+    judge = Classifier(VOCABULARY, 8)
+    assert judge.named("an old man with a smile") == {"gender": "man", "age": "old", "smile": "smiling"}
+    assert judge.named("A young girl with brown hair") == {"gender": "woman", "age": "young", "hair": "brown"}
+    assert judge.named("a lady without glasses") == {"gender": "woman", "glasses": "without"}
+    assert judge.named("a dog") == {}
+    for i in range(1000):
+        face = attributes(0, i)
+        for name, value in judge.named(caption(0, i)).items():
+            assert face[name] == value
+
+
+def test_it_learns_writes_and_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "judge.safetensors"
+    module = ClassifierModule(VOCABULARY, width=8, save_path=str(path))
+    trainer = tiny_trainer(tmp_path, max_steps=60)
+    data = tiny_faces()
+    trainer.fit(module, data)
+    assert trainer.validate(module, data, verbose=False)[0]["val/accuracy_hair"] > 0.4
+    judge = load_classifier(path)
+    image = torch.randn(4, 3, 16, 16)
+    with torch.no_grad():
+        for name, logits in module.network.eval()(image).items():
+            torch.testing.assert_close(judge(image)[name], logits, atol=0.02, rtol=0.02)
+    with pytest.raises(InputError, match="exists"):
+        tiny_trainer(tmp_path, max_steps=1).fit(ClassifierModule(VOCABULARY, 8, str(path)), tiny_faces())
+
+
+def test_a_file_that_is_no_judge_is_refused(tmp_path: Path, tiny_weights: Path) -> None:
+    for path, message in ((tmp_path / "none", "there is no file"), (tiny_weights, "is no classifier")):
+        with pytest.raises(InputError, match=message):
+            load_classifier(path)
+    (tmp_path / "text").write_text("hello")
+    with pytest.raises(InputError, match="is no safetensors"):
+        load_classifier(tmp_path / "text")
+
+
+def test_a_picture_obeys_where_all_is_seen() -> None:
+    def row(weight: float, gender: bool, age: bool) -> dict:
+        seen = {"gender": gender, "age": age}
+        return {"text": "an old man", "guidance_weight": weight, "seen": seen, "clip_similarity": 0.5}
+
+    table = summarise([row(0, True, False), row(0, False, False), row(9, True, True), row(9, True, False)])
+    assert [(entry["guidance_weight"], entry["obey"]) for entry in table] == [(0, 0.0), (9, 0.5)]
+    assert table[1]["attributes"] == {"gender": 1.0, "age": 0.5}
+    json.dumps(table)

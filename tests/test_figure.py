@@ -1,0 +1,38 @@
+import pytest
+from PIL import Image
+
+from callbacks.figure import GAP, Cell, figure
+
+
+def test_rows_share_a_seed_and_columns_a_text_and_weight() -> None:
+    colours = {}
+    for row, seed in enumerate((4, 5)):
+        for column, (text, weight) in enumerate([("", 0.0), ("a man", 10.0), ("a girl", 10.0), ("a man", 50.0)]):
+            colours[Cell(seed, text, weight)] = (60 * column, 120 * row, 200)
+    sheet = figure({cell: Image.new("RGB", (32, 32), colour) for cell, colour in colours.items()})
+    pitch = 96 + GAP
+    assert sheet.width == 4 * pitch + GAP
+    top = sheet.height - 2 * pitch - GAP
+    shown = [[sheet.getpixel((GAP + 48 + pitch * c, top + GAP + 48 + pitch * r)) for c in range(4)] for r in (0, 1)]
+    columns = [("", 0.0), ("a man", 10.0), ("a man", 50.0), ("a girl", 10.0)]
+    assert shown == [[colours[Cell(seed, *column)] for column in columns] for seed in (4, 5)]
+    assert any(sheet.getpixel((x, y)) != (255, 255, 255) for x in range(sheet.width) for y in range(top - 1))
+
+
+def test_a_place_with_no_picture_stays_white() -> None:
+    black = Image.new("RGB", (96, 96))
+    sheet = figure({Cell(1, "a", 1.0): black, Cell(2, "a", 2.0): black})
+    assert sheet.getpixel((sheet.width - 50, sheet.height - 150)) == (255, 255, 255)
+
+
+def test_a_long_text_is_broken_to_fit() -> None:
+    text = "an old man with grey hair and glasses and a smile in front of a very long wall"
+    tall = figure({Cell(0, text, 1.0): Image.new("RGB", (96, 96))})
+    low = figure({Cell(0, "a man", 1.0): Image.new("RGB", (96, 96))})
+    assert tall.width == low.width
+    assert tall.height > low.height
+
+
+def test_a_figure_needs_a_picture() -> None:
+    with pytest.raises(ValueError, match="needs a picture"):
+        figure({})
