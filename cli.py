@@ -1,5 +1,6 @@
 """The command line: ``python cli.py {fit,validate,test,predict} -c CONFIG …``."""
 
+import logging
 import sys
 from typing import Any, get_type_hints
 
@@ -64,6 +65,7 @@ class ClipwardCLI(LightningCLI):
             self._shorten(flag, f"sampling.{flag}")
         if self.subcommand in ("predict", "test"):
             config.trainer.logger = False
+            logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
     def _shorten(self, flag: str, argument: str) -> None:
         config = self.config[self.subcommand]
@@ -80,7 +82,7 @@ class ClipwardCLI(LightningCLI):
             config = self.config[self.subcommand]
             self.requests = PromptDataModule(**{flag: config[flag] for flag in REQUEST_FLAGS})
             if self.subcommand == "predict":
-                text = self._parser("predict").dump(config, skip_none=False)
+                text = self._parser("predict").dump(config, skip_unset=False)
                 self.callback = PredictionWriter(config.save_dir, text, config.overwrite)
                 self.requests.done = self.callback.finished()
             else:
@@ -99,6 +101,12 @@ class ClipwardCLI(LightningCLI):
 
     def before_predict(self) -> None:
         self.datamodule = self.requests
+
+    def predict(self, **kwargs: Any) -> None:
+        if len(self.requests.predict_dataloader().dataset) > 0:
+            self.trainer.predict(**kwargs)
+        else:
+            self.callback.finish()
 
     def before_test(self) -> None:
         self.datamodule = self.requests

@@ -1,6 +1,6 @@
 """Pictures laid out as a figure: rows of one seed, a heading for each text, and one for each weight."""
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
@@ -20,6 +20,8 @@ class Cell:
 def figure(pictures: dict[Cell, Image.Image], cell_size: int | None = None) -> Image.Image:
     """Seeds down; across, the unguided pictures, then each text with its weights, in the order they come in.
 
+    A single column is folded into a square.
+
     Args:
         pictures: what goes where; a place that nothing is known of stays white.
         cell_size: pixels of a picture's side; by default at least 96, a multiple of the picture's own.
@@ -32,14 +34,20 @@ def figure(pictures: dict[Cell, Image.Image], cell_size: int | None = None) -> I
     columns = list(dict.fromkeys((cell.text, cell.guidance_weight) for cell in pictures))
     texts = list(dict.fromkeys(text for text, _ in columns))
     columns.sort(key=lambda column: texts.index(column[0]))
-    pitch = cell_size + GAP
-    big, small = _font(cell_size * 0.155), _font(cell_size * 0.125)
+    across, down = len(columns), len(seeds)
+    if across == 1:
+        across = math.isqrt(down - 1) + 1
+        down = -(-down // across)
 
+    pitch = cell_size + GAP
     spans = {text: [i for i, column in enumerate(columns) if column[0] == text] for text in texts}
+    if len(columns) == 1:
+        spans = {texts[0]: list(range(across))}
+    big, small = _font(cell_size * 0.155), _font(cell_size * 0.125)
     blocks = {text: _wrap(f"“{text}”", big, len(span) * pitch - 8) for text, span in spans.items() if text}
     line = round(cell_size * 0.2)
     top = line * max((len(rows) for rows in blocks.values()), default=0) + round(cell_size * 0.3)
-    canvas = Image.new("RGB", (len(columns) * pitch + GAP, top + len(seeds) * pitch + GAP), "white")
+    canvas = Image.new("RGB", (across * pitch + GAP, top + down * pitch + GAP), "white")
     draw = ImageDraw.Draw(canvas)
     for text, rows in blocks.items():
         middle = GAP + pitch * (spans[text][0] + spans[text][-1] + 1) / 2
@@ -47,17 +55,22 @@ def figure(pictures: dict[Cell, Image.Image], cell_size: int | None = None) -> I
             draw.text((middle, line * (i + 0.6)), row, INK, big, anchor="mm")
     for i, (_, weight) in enumerate(columns):
         heading = f"weight {weight:g}" if weight else "unguided"
-        draw.text((GAP + pitch * i + cell_size / 2, top - cell_size * 0.12), heading, INK, small, anchor="mm")
+        middle = GAP + pitch * (across / 2 if len(columns) == 1 else i + 0.5)
+        draw.text((middle, top - cell_size * 0.12), heading, INK, small, anchor="mm")
+
     draw.rectangle((0, top, canvas.width, canvas.height), INK)
-    for row, seed in enumerate(seeds):
-        for i, (text, weight) in enumerate(columns):
-            place = (GAP + pitch * i, top + GAP + pitch * row)
-            picture = pictures.get(Cell(seed, text, weight))
-            if picture is None:
-                draw.rectangle((*place, place[0] + cell_size - 1, place[1] + cell_size - 1), "white")
-            else:
-                filter_ = Image.Resampling.NEAREST if cell_size % picture.width == 0 else Image.Resampling.LANCZOS
-                canvas.paste(picture.resize((cell_size, cell_size), filter_), place)
+    places = [Cell(seed, text, weight) for seed in seeds for text, weight in columns]
+    places += [None] * (across * down - len(places))
+    for i, cell in enumerate(places):
+        row, column = divmod(i, across)
+        left, upper = GAP + pitch * column, top + GAP + pitch * row
+        picture = pictures.get(cell)
+        if picture is None:
+            draw.rectangle((left, upper, left + cell_size - 1, upper + cell_size - 1), "white")
+        else:
+            sharp = cell_size % picture.width == 0
+            method = Image.Resampling.NEAREST if sharp else Image.Resampling.LANCZOS
+            canvas.paste(picture.resize((cell_size, cell_size), method), (left, upper))
     return canvas
 
 
@@ -65,7 +78,7 @@ def _font(size: float) -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(max(9, round(size)))
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> Sequence[str]:
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
     rows: list[str] = []
     for word in text.split():
         longer = f"{rows[-1]} {word}" if rows else word

@@ -1,7 +1,6 @@
 """Writes what predict makes: a PNG a request, metadata.jsonl, grid.png, and the command itself."""
 
 import json
-import os
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,12 @@ import lightning as L
 import torch
 import yaml
 from lightning.pytorch.callbacks import BasePredictionWriter
-from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from callbacks.figure import Cell, figure
+from diffusion.weights import whole
 from errors import InputError
 
 CONFIG_FILE = "config.predict.yaml"
@@ -64,18 +63,32 @@ class PredictionWriter(BasePredictionWriter):
         for file in [self.save_dir / "metadata.jsonl", *sorted(self.save_dir.glob(".metadata.*.jsonl"))]:
             if file.is_file():
                 for line in file.read_text(encoding="utf-8").splitlines():
-                    row = json.loads(line)
+                    try:
+                        row = json.loads(line)
+                    except json.JSONDecodeError:  # the run was killed while it wrote this line
+                        continue
                     rows[row["index"]] = row
         return [rows[index] for index in sorted(rows)]
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
-            if not self.finished():
+            if self.finished():
+                self._check_same_weights(pl_module.provenance())
+            else:
                 for stale in [*self.save_dir.glob("*.png"), *self.save_dir.glob("*metadata*.jsonl")]:
                     stale.unlink()
-            self.save_dir.mkdir(parents=True, exist_ok=True)
-            _write(self.save_dir / CONFIG_FILE, self.config.encode())
+            with whole(self.save_dir / CONFIG_FILE) as aside:
+                aside.write_text(self.config, encoding="utf-8")
         trainer.strategy.barrier("save_dir")
+
+    def _check_same_weights(self, provenance: dict[str, Any]) -> None:
+        before = self.rows()[0]
+        for name in ("weights_hash", "clip_hash"):
+            if before[name] != provenance[name]:
+                raise InputError(
+                    f"save_dir: {self.save_dir} holds pictures by other weights ({name} {before[name]} there, "
+                    f"{provenance[name]} here); another folder would do"
+                )
 
     def write_on_batch_end(
         self,
@@ -99,22 +112,24 @@ class PredictionWriter(BasePredictionWriter):
                     "clip_similarity": prediction["clip_similarity"][i],
                     **common,
                 }
-                line = json.dumps(row, ensure_ascii=False)
-                save_png(self.save_dir / row["file_name"], to_picture(prediction["image"][i]), line)
-                metadata.write(line + "\n")
+                save_png(self.save_dir / row["file_name"], to_picture(prediction["image"][i]), _line(row))
+                metadata.write(_line(row) + "\n")
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trainer.strategy.barrier("written")
-        if not trainer.is_global_zero:
-            return
+        if trainer.is_global_zero:
+            self.finish()
+
+    def finish(self) -> None:
+        """Merge what the processes wrote and draw the grid; nothing changes where that is done already."""
         rows = self.rows()
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        _write(self.save_dir / "metadata.jsonl", lines.encode())
-        for part in self.save_dir.glob(".metadata.*.jsonl"):
+        with whole(self.save_dir / "metadata.jsonl") as aside:
+            aside.write_text("".join(_line(row) + "\n" for row in rows), encoding="utf-8")
+        for part in [*self.save_dir.glob(".metadata.*.jsonl"), *self.save_dir.glob(".*.png.*")]:
             part.unlink()
         if rows:
             self.draw_grid(rows)
-        rank_zero_info(f"{len(rows)} pictures in {self.save_dir}, all of them in {self.save_dir / 'grid.png'}")
+        print(f"{len(rows)} pictures in {self.save_dir}, all of them in {self.save_dir / 'grid.png'}")
 
     def draw_grid(self, rows: list[dict[str, Any]]) -> None:
         seeds = list(dict.fromkeys(row["seed"] for row in rows))[:GRID_ROWS]
@@ -126,7 +141,7 @@ class PredictionWriter(BasePredictionWriter):
                 with Image.open(self.save_dir / row["file_name"]) as picture:
                     pictures[cell] = picture.convert("RGB")
         common = {k: v for k, v in rows[0].items() if k not in ("file_name", "index", "clip_similarity")}
-        save_png(self.save_dir / "grid.png", figure(pictures), json.dumps(common, ensure_ascii=False))
+        save_png(self.save_dir / "grid.png", figure(pictures), _line(common))
 
 
 def to_picture(image: Tensor) -> Image.Image:
@@ -139,15 +154,12 @@ def save_png(path: Path, picture: Image.Image, made: str) -> None:
     """Write a PNG that says how it was made, whole or not at all."""
     info = PngInfo()
     info.add_itxt("clipward", made)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    picture.save(aside, "png", pnginfo=info)
-    aside.replace(path)
+    with whole(path) as aside:
+        picture.save(aside, "png", pnginfo=info)
 
 
-def _write(path: Path, content: bytes) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_bytes(content)
-    aside.replace(path)
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False)
 
 
 def _difference(theirs: str, ours: str) -> str:

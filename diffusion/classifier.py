@@ -1,9 +1,7 @@
 """A small classifier of named attributes, which also knows the words that name them."""
 
 import json
-import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch.nn.functional as F
@@ -11,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from diffusion.weights import whole
 from errors import InputError
 
 FORMAT = "clipward-classifier-1"
@@ -68,20 +67,12 @@ class Classifier(nn.Module):
         return self(image)[attribute].argmax(dim=1) == list(self.vocabulary[attribute]).index(value)
 
 
-@dataclass(frozen=True)
-class _Header:
-    vocabulary: Vocabulary
-    width: int
-
-
 def save_classifier(path: Path, classifier: Classifier) -> None:
     """Write safetensors in half precision, whole or not at all."""
     header = {"vocabulary": classifier.vocabulary, "width": classifier.width}
     state = {name: value.half().contiguous().cpu() for name, value in classifier.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(state, aside, {"format": FORMAT, "classifier": json.dumps(header)})
-    aside.replace(path)
+    with whole(path) as aside:
+        save_file(state, aside, {"format": FORMAT, "classifier": json.dumps(header)})
 
 
 def load_classifier(path: Path) -> Classifier:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffusion.weights import state_hash
+from diffusion.weights import state_hash, whole
 from errors import InputError
 
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
@@ -129,7 +129,8 @@ def save_folder(folder: Path, model: nn.Module, model_cfg: dict[str, Any], prepr
     config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
     half = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    save_file({k: v.contiguous().cpu() for k, v in half.items()}, folder / WEIGHTS_FILE)
+    with whole(folder / WEIGHTS_FILE) as aside:
+        save_file({k: v.contiguous().cpu() for k, v in half.items()}, aside)
 
 
 def contrastive_loss(rank: int = 0, world_size: int = 1) -> nn.Module:

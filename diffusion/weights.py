@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,14 +79,24 @@ class Weights:
         network.load_state_dict(self.state)
 
 
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A path beside ``path`` to write to; it takes its place at the end, and is gone if something went wrong."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield aside
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
 def save_weights(path: Path, weights: Weights) -> None:
     """Write safetensors in half precision, whole or not at all."""
     metadata = {"format": FORMAT, "architecture": json.dumps(weights.architecture.to_dict())}
     state = {name: value.half().contiguous().cpu() for name, value in weights.state.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    save_file(state, aside, metadata)
-    aside.replace(path)
+    with whole(path) as aside:
+        save_file(state, aside, metadata)
 
 
 def load_weights(path: Path) -> Weights:

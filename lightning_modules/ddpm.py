@@ -18,7 +18,7 @@ from diffusion.methods import METHODS, SamplingConfig
 from diffusion.sampling import Noise, State, ancestral, ddim, sample
 from diffusion.schedule import Schedule, ScheduleName, Step
 from diffusion.unet import UNet, UNetConfig
-from diffusion.weights import Architecture, Weights, load_weights, state_hash
+from diffusion.weights import Architecture, Weights, load_weights, save_weights, state_hash
 from errors import InputError
 from lightning_modules.ema import EMA
 from lightning_modules.optim import adamw
@@ -45,6 +45,8 @@ class DDPMModule(L.LightningModule):
         warmup_steps: steps over which the learning rate rises from 0.
         cooldown_steps: steps before ``trainer.max_steps`` over which it falls back to 0; 0 keeps it constant.
         ema_decay: of the averaged weights, which validation, sampling and prediction use.
+        save_path: safetensors that are written at the end of ``fit``: the averaged weights in half precision, and what
+            network they are for; none is written without it.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class DDPMModule(L.LightningModule):
         warmup_steps: int = 0,
         cooldown_steps: int = 0,
         ema_decay: float = 0.9999,
+        save_path: str | None = None,
     ) -> None:
         super().__init__()
         self.architecture = Architecture(unet, image_size, schedule, num_timesteps, parametrisation)
@@ -71,6 +74,7 @@ class DDPMModule(L.LightningModule):
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.warmup_steps, self.cooldown_steps = warmup_steps, cooldown_steps
         self.ema_decay = ema_decay
+        self.save_path = None if save_path is None else Path(save_path)
         self.unet: UNet | None = None
         self.trained = False  # whether the network has weights from anywhere but chance
         self._clip: Clip | None = None  # frozen: no part of the module's parameters, checkpoint or optimiser
@@ -126,6 +130,13 @@ class DDPMModule(L.LightningModule):
         data = getattr(self.trainer.datamodule, "size", self.architecture.image_size)
         if data != self.architecture.image_size:
             raise InputError(f"data.size: {data} given; {self.architecture.image_size}, the model's, would do")
+
+        if self.save_path is not None and self.save_path.exists():
+            raise InputError(f"model.save_path: {self.save_path} exists; another name would do")
+
+    def on_fit_end(self) -> None:
+        if self.save_path is not None and self.trainer.is_global_zero and not self.trainer.fast_dev_run:
+            save_weights(self.save_path, Weights(self.architecture, self.ema.average))
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         # Here rather than at the end of the batch, where a checkpoint may already have been written.

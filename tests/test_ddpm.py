@@ -11,7 +11,7 @@ from callbacks.guided_samples import GuidedSamples
 from datamodules.prompts import PromptDataModule
 from diffusion.guidance import GuidanceError
 from diffusion.methods import SamplingConfig
-from diffusion.weights import load_weights
+from diffusion.weights import Weights, load_weights, save_weights
 from errors import InputError
 from lightning_modules.ddpm import DDPMModule
 
@@ -89,6 +89,50 @@ def test_a_checkpoint_holds_the_average_and_the_weights_that_train(tmp_path: Pat
     weights = load_weights(Path(checkpoint_of(tmp_path)))
     assert weights.architecture == module.architecture
     assert torch.equal(weights.state["conv_in.weight"], module.ema.average["conv_in.weight"])
+
+
+def test_fit_writes_the_average_for_others_to_use(tmp_path: Path) -> None:
+    path = tmp_path / "ddpm.safetensors"
+    module = fitted(tmp_path, save_path=str(path))
+    weights = load_weights(path)
+    assert weights.architecture == module.architecture
+    for name, average in module.ema.average.items():
+        torch.testing.assert_close(weights.state[name], average, atol=1e-3, rtol=1e-3)
+    with pytest.raises(InputError, match="exists; another name would do"):
+        fitted(tmp_path, save_path=str(path))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"conv_in.weight": torch.zeros(2, 2)},
+            r"the key conv_in.weight has the shape \(2, 2\); \(8, 12, 3, 3\) would do",
+        ),
+        ({"conv_in.weight": None}, r"the key conv_in.weight \(8, 12, 3, 3\) is missing"),
+        ({"other": torch.zeros(3)}, r"the key other \(3,\) is none of this network's"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_with_the_key(
+    tmp_path: Path, tiny_weights: Path, change: dict, message: str
+) -> None:
+    weights = load_weights(tiny_weights)
+    state = {name: value for name, value in (weights.state | change).items() if value is not None}
+    save_weights(tmp_path / "bad.safetensors", Weights(weights.architecture, state))
+    with pytest.raises(InputError, match=message):
+        tiny_module(weights=str(tmp_path / "bad.safetensors")).configure_model()
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path, tiny_weights: Path) -> None:
+    (tmp_path / "cut.safetensors").write_bytes(tiny_weights.read_bytes()[:-100])
+    with pytest.raises(InputError, match="is neither safetensors nor a Lightning checkpoint"):
+        load_weights(tmp_path / "cut.safetensors")
+    (tmp_path / "cut.ckpt").write_bytes(b"PK" + bytes(100))
+    with pytest.raises(InputError, match="can't be read as a checkpoint"):
+        load_weights(tmp_path / "cut.ckpt")
+    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
+    with pytest.raises(InputError, match="is no checkpoint of a DDPMModule"):
+        load_weights(tmp_path / "other.ckpt")
 
 
 def test_a_stopped_fit_goes_on_from_where_it_was(tmp_path: Path) -> None:

@@ -36,3 +36,12 @@ def test_a_long_text_is_broken_to_fit() -> None:
 def test_a_figure_needs_a_picture() -> None:
     with pytest.raises(ValueError, match="needs a picture"):
         figure({})
+
+
+def test_a_single_column_is_folded_into_a_square() -> None:
+    colours = [(20 * seed, 100, 50) for seed in range(7)]
+    sheet = figure({Cell(seed, "", 0.0): Image.new("RGB", (96, 96), colour) for seed, colour in enumerate(colours)})
+    pitch, top = 96 + GAP, sheet.height - 3 * (96 + GAP) - GAP
+    assert sheet.width == 3 * pitch + GAP
+    shown = [sheet.getpixel((50 + pitch * (i % 3), top + 50 + pitch * (i // 3))) for i in range(9)]
+    assert shown == [*colours, (255, 255, 255), (255, 255, 255)]
