@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -59,6 +60,7 @@ class ClipwardCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         config.trainer.inference_mode = False
+        self._check_ckpt_path(config.get("ckpt_path"))
         for flag in MODEL_FLAGS:
             self._shorten(flag, flag)
         for flag in (*SAMPLING_FLAGS, "ddim"):
@@ -66,6 +68,12 @@ class ClipwardCLI(LightningCLI):
         if self.subcommand in ("predict", "test"):
             config.trainer.logger = False
             logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+
+    def _check_ckpt_path(self, path: str | None) -> None:
+        """Lightning goes on with what weights there are where it finds no checkpoint for a word such as ``last``."""
+        words = ("last", "best", "hpc") if self.subcommand == "fit" else ()
+        if path is not None and path not in words and not Path(path).exists():
+            raise InputError(f"ckpt_path: there is no file {path}")
 
     def _shorten(self, flag: str, argument: str) -> None:
         config = self.config[self.subcommand]

@@ -84,8 +84,11 @@ def whole(path: Path) -> Iterator[Path]:
     """A path beside ``path`` to write to; it takes its place at the end, and is gone if something went wrong."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.touch()
+    mode = aside.stat().st_mode  # safetensors would make a file that only its owner reads
     try:
         yield aside
+        aside.chmod(mode)
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)

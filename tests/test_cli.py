@@ -169,6 +169,7 @@ def test_fit_logs_saves_and_resumes_and_predict_takes_what_it_saved(config: str,
     ("flags", "message"),
     [
         (("--weights", "nowhere.safetensors"), "weights: there is no file nowhere.safetensors"),
+        (("--ckpt_path", "last"), "ckpt_path: there is no file last"),
         (("--clip", "nowhere"), "clip: 'nowhere' is neither a folder nor a pretrained model"),
         (("--text", "man " * 40), "26 tokens too long"),
         (("--n_samples", "0"), "n_samples: 0 given"),

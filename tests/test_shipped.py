@@ -1,0 +1,71 @@
+"""What ships works: the configs fit, and the weights draw faces that obey."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from cli import main
+from datamodules.faces import ATTRIBUTES, Faces
+from diffusion.classifier import load_classifier
+from diffusion.clip import Clip
+from diffusion.weights import load_weights
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = ROOT / "checkpoints/faces64"
+
+
+@pytest.fixture(autouse=True)
+def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("name", ["faces", "faces_clip", "faces_judge", "celebahq_finetune_64"])
+def test_each_config_fits_and_saves(name: str, tmp_path: Path) -> None:
+    flags = ["--trainer.max_steps", "2", "--trainer.enable_progress_bar", "false", "--trainer.limit_val_batches", "1"]
+    flags += ["--trainer.logger.init_args.save_dir", str(tmp_path / "runs"), "--data.batch_size", "4"]
+    if name.startswith("celebahq"):
+        for i in range(4):
+            Image.effect_noise((80, 90), 60).convert("RGB").save(tmp_path / f"{i}.png")
+        flags += ["--data.path", str(tmp_path)]
+    main(["fit", "-c", f"configs/{name}.yaml", *flags])
+    assert list(tmp_path.rglob("last.ckpt"))
+    assert list(tmp_path.rglob("events.out.tfevents*"))
+
+
+def test_the_files_are_small_enough_to_ship() -> None:
+    assert load_weights(SHIPPED).architecture.image_size == 64
+    assert (SHIPPED / "ddpm.safetensors").stat().st_size < 16 * 2**20
+    assert sum(file.stat().st_size for file in (SHIPPED / "clip").iterdir()) < 16 * 2**20
+
+
+def test_the_judge_and_the_clip_know_faces_that_they_never_saw() -> None:
+    faces = [Faces(seed=999, count=200)[i] for i in range(200)]
+    image = torch.stack([face["image"] for face in faces])
+    labels = torch.stack([face["labels"] for face in faces])
+    judge = load_classifier(SHIPPED / "judge.safetensors")
+    clip = Clip.load(str(SHIPPED / "clip"))
+    texts = {
+        "gender": ["a woman", "a man"],
+        "age": ["a young person", "an old person"],
+        "hair": [f"a person with {hair} hair" for hair in ATTRIBUTES["hair"]],
+        "smile": ["a person with a serious face", "a person with a smile"],
+        "glasses": ["a person with no glasses", "a person with glasses"],
+    }
+    with torch.no_grad():
+        answers, features = judge(image), clip.encode_image(image)
+        for i, name in enumerate(ATTRIBUTES):
+            assert (answers[name].argmax(1) == labels[:, i]).float().mean() > 0.97, name
+            found = (features @ clip.encode_text(texts[name]).T).argmax(1)
+            assert (found == labels[:, i]).float().mean() > 0.97, name
+
+
+def test_guidance_makes_pictures_obey(tmp_path: Path) -> None:
+    flags = ["--judge", str(SHIPPED / "judge.safetensors"), "--save_dir", str(tmp_path), "--n_samples", "8"]
+    texts = ["--text", "an old man with a smile", "--guidance_weight", "0", "100", "--skip_steps", "25"]
+    main(["test", "-c", "configs/faces.yaml", *flags, *texts])
+    plain, guided = json.loads((tmp_path / "obedience.json").read_text())["obedience"]
+    assert guided["obey"] > plain["obey"]
+    assert guided["clip_similarity"] > plain["clip_similarity"]
