@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import v2
 
+from datamodules.loading import training_loader
 from errors import InputError
 
 
@@ -111,14 +112,7 @@ class CelebAHQDataModule(L.LightningDataModule):
             raise InputError(
                 f"batch_size: {self.batch_size} given; there are {len(self.train_set)} pictures to train on"
             )
-        return DataLoader(
-            self.train_set,
-            batch_size=self.batch_size,
-            shuffle=True,
-            drop_last=True,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-        )
+        return training_loader(self.train_set, self.batch_size, self.num_workers)
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(self.val_set, batch_size=self.batch_size, num_workers=self.num_workers)

@@ -14,6 +14,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Dataset
 
+from datamodules.loading import training_loader
+
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "gender": ("woman", "man"),
     "age": ("young", "old"),
@@ -353,14 +355,7 @@ class FacesDataModule(L.LightningDataModule):
         self.val_set = Faces(self.seed + 1, self.val_count, self.size, False, self.caption_detail)
 
     def train_dataloader(self) -> DataLoader:
-        return DataLoader(
-            self.train_set,
-            batch_size=self.batch_size,
-            shuffle=True,
-            drop_last=True,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-        )
+        return training_loader(self.train_set, self.batch_size, self.num_workers)
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(self.val_set, batch_size=self.batch_size, num_workers=self.num_workers)

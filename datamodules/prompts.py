@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import lightning as L
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from errors import InputError
 
@@ -75,21 +75,10 @@ class PromptDataModule(L.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         left = [request for request in self.requests if request.index not in self.done]
-        return DataLoader(_Requests(left), batch_size=self.micro_batch, collate_fn=_collate)
+        return DataLoader(left, batch_size=self.micro_batch, collate_fn=_collate)
 
     def test_dataloader(self) -> DataLoader:
         return self.predict_dataloader()
-
-
-class _Requests(Dataset[Request]):
-    def __init__(self, requests: Sequence[Request]) -> None:
-        self.requests = requests
-
-    def __len__(self) -> int:
-        return len(self.requests)
-
-    def __getitem__(self, i: int) -> Request:
-        return self.requests[i]
 
 
 def _collate(requests: list[Request]) -> dict[str, list]:

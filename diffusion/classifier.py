@@ -5,11 +5,10 @@ import re
 from pathlib import Path
 
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffusion.weights import whole
+from diffusion.weights import read_safetensors, whole
 from errors import InputError
 
 FORMAT = "clipward-classifier-1"
@@ -81,14 +80,7 @@ def load_classifier(path: Path) -> Classifier:
     Raises:
         InputError: where the file is missing or is none.
     """
-    if not path.is_file():
-        raise InputError(f"judge: there is no file {path}")
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"judge: {path} is no safetensors file ({error})") from error
+    metadata, state = read_safetensors(path, "judge")
     if metadata.get("format") != FORMAT:
         raise InputError(f"judge: {path} is no classifier; one that configs/faces_judge.yaml makes would do")
     classifier = Classifier(**json.loads(metadata["classifier"]))

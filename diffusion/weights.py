@@ -110,16 +110,9 @@ def load_weights(path: Path) -> Weights:
     """
     if path.is_dir():
         path = path / "ddpm.safetensors"
-    if not path.is_file():
-        raise InputError(f"weights: there is no file {path}")
-    if path.read_bytes()[:2] == b"PK":
+    if path.is_file() and path.open("rb").read(2) == b"PK":
         return _load_checkpoint(path)
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"weights: {path} is neither safetensors nor a Lightning checkpoint ({error})") from error
+    metadata, state = read_safetensors(path, "weights")
     if metadata.get("format") != FORMAT:
         raise InputError(f"weights: {path} does not say what network it is for; a file written by Clipward would do")
     return Weights(Architecture.from_dict(json.loads(metadata["architecture"])), state)
@@ -134,6 +127,21 @@ def _load_checkpoint(path: Path) -> Weights:
         raise InputError(f"weights: {path} is no checkpoint of a DDPMModule; one of `fit`, or safetensors, would do")
     state = {n.removeprefix("unet."): v for n, v in checkpoint["state_dict"].items() if n.startswith("unet.")}
     return Weights(Architecture.from_dict(checkpoint["architecture"]), state)
+
+
+def read_safetensors(path: Path, field: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The metadata and the tensors, in float32, of a file that ``field`` names.
+
+    Raises:
+        InputError: where the file is missing or damaged.
+    """
+    if not path.is_file():
+        raise InputError(f"{field}: there is no file {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{field}: {path} is no safetensors file, or a damaged one ({error})") from error
 
 
 def state_hash(state: dict[str, Tensor]) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 from diffusion.classifier import Classifier, save_classifier
 from errors import InputError
 from lightning_modules.degrade import degrade
-from lightning_modules.optim import adamw
+from lightning_modules.optim import OptimConfig, adamw
 
 
 class ClassifierModule(L.LightningModule):
@@ -20,10 +20,7 @@ class ClassifierModule(L.LightningModule):
         vocabulary: ``{attribute: {value: [words that name it in a text]}}``, in the order of the labels.
         width: of the network.
         save_path: the safetensors file that is written at the end of ``fit``; none is written without it.
-        learning_rate: AdamW's, after the warm-up.
-        weight_decay: AdamW's.
-        warmup_steps: steps over which the learning rate rises from 0.
-        cooldown_steps: steps before ``trainer.max_steps`` over which it falls back to 0; 0 keeps it constant.
+        optim: the optimiser and its schedule.
         max_noise: as in :class:`lightning_modules.clip.ClipModule`.
         blur: likewise.
     """
@@ -33,18 +30,14 @@ class ClassifierModule(L.LightningModule):
         vocabulary: dict[str, dict[str, list[str]]],
         width: int = 32,
         save_path: str | None = None,
-        learning_rate: float = 1e-3,
-        weight_decay: float = 0.05,
-        warmup_steps: int = 100,
-        cooldown_steps: int = 0,
+        optim: OptimConfig = OptimConfig(),
         max_noise: float = 0.0,
         blur: bool = False,
     ) -> None:
         super().__init__()
         self.network = Classifier(vocabulary, width)
         self.save_path = None if save_path is None else Path(save_path)
-        self.learning_rate, self.weight_decay = learning_rate, weight_decay
-        self.warmup_steps, self.cooldown_steps = warmup_steps, cooldown_steps
+        self.optim = optim
         self.max_noise, self.blur = max_noise, blur
 
     def on_fit_start(self) -> None:
@@ -67,14 +60,7 @@ class ClassifierModule(L.LightningModule):
         self.log("val/accuracy_all", right.all(dim=0).float().mean(), batch_size=size, sync_dist=True, prog_bar=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        return adamw(
-            self.parameters(),
-            self.learning_rate,
-            self.weight_decay,
-            self.warmup_steps,
-            self.cooldown_steps,
-            self.trainer.max_steps,
-        )
+        return adamw(self.parameters(), self.optim, self.trainer.max_steps)
 
     def on_fit_end(self) -> None:
         if self.save_path is not None and self.trainer.is_global_zero and not self.trainer.fast_dev_run:

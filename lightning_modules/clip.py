@@ -11,7 +11,7 @@ from torch import Tensor
 from diffusion.clip import Clip, contrastive_loss, new_model, new_tokenizer, preprocess, save_folder
 from errors import InputError
 from lightning_modules.degrade import degrade
-from lightning_modules.optim import adamw
+from lightning_modules.optim import OptimConfig, adamw
 
 OPENAI_PREPROCESSING = {
     "mode": "RGB",
@@ -31,10 +31,7 @@ class ClipModule(L.LightningModule):
         vision: open_clip's ``vision_cfg``: ``image_size``, ``layers``, ``width``, …
         text: open_clip's ``text_cfg``: ``context_length``, ``width``, ``heads``, ``layers``, …
         save_dir: the folder that is written at the end of ``fit``; none is written without it.
-        learning_rate: AdamW's, after the warm-up.
-        weight_decay: AdamW's.
-        warmup_steps: steps over which the learning rate rises from 0.
-        cooldown_steps: steps before ``trainer.max_steps`` over which it falls back to 0; 0 keeps it constant.
+        optim: the optimiser and its schedule.
         max_noise: pictures get Gaussian noise of a standard deviation up to this (pictures span [-1, 1]).
         blur: whether half of the pictures are blurred by up to a factor of four. With noise, it makes a critic that
             can read the half-denoised pictures that guidance shows it.
@@ -47,10 +44,7 @@ class ClipModule(L.LightningModule):
         vision: dict[str, Any] | None = None,
         text: dict[str, Any] | None = None,
         save_dir: str | None = None,
-        learning_rate: float = 1e-3,
-        weight_decay: float = 0.1,
-        warmup_steps: int = 100,
-        cooldown_steps: int = 0,
+        optim: OptimConfig = OptimConfig(),
         max_noise: float = 0.0,
         blur: bool = False,
         zero_shot: dict[str, list[str]] | None = None,
@@ -59,8 +53,7 @@ class ClipModule(L.LightningModule):
         self.model_cfg = {"embed_dim": embed_dim, "vision_cfg": vision or {}, "text_cfg": text or {}}
         self.preprocess_cfg = {"size": self.model_cfg["vision_cfg"].get("image_size", 224), **OPENAI_PREPROCESSING}
         self.save_dir = None if save_dir is None else Path(save_dir)
-        self.learning_rate, self.weight_decay = learning_rate, weight_decay
-        self.warmup_steps, self.cooldown_steps = warmup_steps, cooldown_steps
+        self.optim = optim
         self.max_noise, self.blur, self.zero_shot = max_noise, blur, zero_shot or {}
         self.model: torch.nn.Module | None = None
 
@@ -100,14 +93,7 @@ class ClipModule(L.LightningModule):
             self.log(f"val/zero_shot_{name}", right.float().mean(), batch_size=len(found), sync_dist=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        return adamw(
-            self.model.parameters(),
-            self.learning_rate,
-            self.weight_decay,
-            self.warmup_steps,
-            self.cooldown_steps,
-            self.trainer.max_steps,
-        )
+        return adamw(self.model.parameters(), self.optim, self.trainer.max_steps)
 
     def on_fit_end(self) -> None:
         if self.save_dir is not None and self.trainer.is_global_zero and not self.trainer.fast_dev_run:

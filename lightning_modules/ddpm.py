@@ -21,7 +21,7 @@ from diffusion.unet import UNet, UNetConfig
 from diffusion.weights import Architecture, Weights, load_weights, save_weights, state_hash
 from errors import InputError
 from lightning_modules.ema import EMA
-from lightning_modules.optim import adamw
+from lightning_modules.optim import OptimConfig, adamw
 
 
 class DDPMModule(L.LightningModule):
@@ -40,10 +40,7 @@ class DDPMModule(L.LightningModule):
         clip: what guides: an open_clip folder, or ``ARCHITECTURE/PRETRAINED`` by open_clip's names. Needed only where
             there is a text.
         sampling: how pictures are made.
-        learning_rate: AdamW's, after the warm-up.
-        weight_decay: AdamW's.
-        warmup_steps: steps over which the learning rate rises from 0.
-        cooldown_steps: steps before ``trainer.max_steps`` over which it falls back to 0; 0 keeps it constant.
+        optim: the optimiser and its schedule.
         ema_decay: of the averaged weights, which validation, sampling and prediction use.
         save_path: safetensors that are written at the end of ``fit``: the averaged weights in half precision, and what
             network they are for; none is written without it.
@@ -60,10 +57,7 @@ class DDPMModule(L.LightningModule):
         default_weights: str | None = None,
         clip: str | None = None,
         sampling: SamplingConfig = SamplingConfig(),
-        learning_rate: float = 2e-5,
-        weight_decay: float = 0.0,
-        warmup_steps: int = 0,
-        cooldown_steps: int = 0,
+        optim: OptimConfig = OptimConfig(),
         ema_decay: float = 0.9999,
         save_path: str | None = None,
     ) -> None:
@@ -71,8 +65,7 @@ class DDPMModule(L.LightningModule):
         self.architecture = Architecture(unet, image_size, schedule, num_timesteps, parametrisation)
         self.weights_path, self.default_weights, self.clip_name = weights, default_weights, clip
         self.sampling = sampling
-        self.learning_rate, self.weight_decay = learning_rate, weight_decay
-        self.warmup_steps, self.cooldown_steps = warmup_steps, cooldown_steps
+        self.optim = optim
         self.ema_decay = ema_decay
         self.save_path = None if save_path is None else Path(save_path)
         self.unet: UNet | None = None
@@ -144,14 +137,7 @@ class DDPMModule(L.LightningModule):
         self.ema.update(self.trainer.global_step + 1)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        return adamw(
-            self.unet.parameters(),
-            self.learning_rate,
-            self.weight_decay,
-            self.warmup_steps,
-            self.cooldown_steps,
-            self.trainer.max_steps,
-        )
+        return adamw(self.unet.parameters(), self.optim, self.trainer.max_steps)
 
     # sampling
 

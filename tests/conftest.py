@@ -14,6 +14,7 @@ from diffusion.unet import UNet, UNetConfig
 from diffusion.weights import Architecture, Weights, save_weights
 from lightning_modules.clip import OPENAI_PREPROCESSING
 from lightning_modules.ddpm import DDPMModule
+from lightning_modules.optim import OptimConfig
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -62,7 +63,7 @@ def tiny_module(**kwargs) -> DDPMModule:
         "num_timesteps": 100,
         "parametrisation": "v",
         "sampling": SamplingConfig(skip_steps=5),
-        "learning_rate": 2e-3,
+        "optim": OptimConfig(learning_rate=2e-3),
         "ema_decay": 0.9,
     }
     return DDPMModule(**{**defaults, **kwargs})

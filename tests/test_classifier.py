@@ -8,10 +8,11 @@ from conftest import tiny_faces, tiny_trainer
 from torch.utils.data import DataLoader
 
 from callbacks.obedience import summarise
-from datamodules.faces import ATTRIBUTES, Faces, attributes, caption
+from datamodules.faces import ATTRIBUTES, Faces, FacesDataModule, attributes, caption
 from diffusion.classifier import Classifier, load_classifier
 from errors import InputError
 from lightning_modules.classifier import ClassifierModule
+from lightning_modules.optim import OptimConfig
 
 CONFIG = yaml.safe_load((Path(__file__).parent.parent / "configs/faces_judge.yaml").read_text())
 VOCABULARY = CONFIG["model"]["init_args"]["vocabulary"]
@@ -40,9 +41,13 @@ def faces(count: int) -> DataLoader:
 def test_it_learns_writes_and_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "judge.safetensors"
     torch.manual_seed(0)
-    module, held_out = ClassifierModule(VOCABULARY, width=8, save_path=str(path)), next(iter(faces(64)))
+    module, held_out = (
+        ClassifierModule(VOCABULARY, width=8, save_path=str(path), optim=OptimConfig(learning_rate=1e-3)),
+        next(iter(faces(64))),
+    )
     before = module.network.eval().loss(held_out["image"], held_out["labels"]).item()
-    tiny_trainer(tmp_path, max_steps=60).fit(module, tiny_faces())
+    data = FacesDataModule(size=16, train_count=256, val_count=8, batch_size=32)
+    tiny_trainer(tmp_path, max_steps=150).fit(module, data)
     assert module.network.eval().loss(held_out["image"], held_out["labels"]).item() < 0.9 * before
     judge = load_classifier(path)
     image = torch.randn(4, 3, 16, 16)
@@ -58,7 +63,7 @@ def test_a_file_that_is_no_judge_is_refused(tmp_path: Path, tiny_weights: Path) 
         with pytest.raises(InputError, match=message):
             load_classifier(path)
     (tmp_path / "text").write_text("hello")
-    with pytest.raises(InputError, match="is no safetensors"):
+    with pytest.raises(InputError, match="is no safetensors file"):
         load_classifier(tmp_path / "text")
 
 
