@@ -117,3 +117,7 @@ def test_a_place_that_is_not_there_is_refused(tmp_path: Path) -> None:
         loaded(tmp_path / "empty")
     with pytest.raises(InputError, match="there is no file"):
         loaded(tmp_path / "no.parquet")
+    with pytest.raises(
+        InputError, match="nobody/nothing is no folder or parquet file, and the hub gives no such data set"
+    ):
+        loaded("nobody/nothing")
