@@ -42,8 +42,7 @@ class ClipwardCLI(LightningCLI):
             for flag, options in REQUEST_FLAGS.items():
                 parser.add_argument(f"--{flag}", **options)
             parser.add_argument("--save_dir", type=str, default=f"out/{subcommand}", help="the folder for what is made")
-        if subcommand == "predict":
-            parser.add_argument("--overwrite", type=bool, default=False, help="replace another command's pictures")
+            parser.add_argument("--overwrite", type=bool, default=False, help="replace what another command made")
         if subcommand == "test":
             parser.add_argument("--judge", type=str, required=True, help="the classifier that looks at the pictures")
             parser.set_defaults({"unguided": False, "n_samples": 16})
@@ -94,7 +93,7 @@ class ClipwardCLI(LightningCLI):
                 self.callback = PredictionWriter(config.save_dir, text, config.overwrite)
                 self.requests.done = self.callback.finished()
             else:
-                self.callback = Obedience(config.judge, config.save_dir)
+                self.callback = Obedience(config.judge, config.save_dir, config.overwrite)
                 self.callback.check([request.text for request in self.requests.requests])
         super().instantiate_classes()
 

@@ -9,6 +9,7 @@ import lightning as L
 import torch
 
 from diffusion.classifier import load_classifier
+from diffusion.weights import whole
 from errors import InputError
 
 
@@ -20,10 +21,13 @@ class Obedience(L.Callback):
     Args:
         judge: a classifier of labels, as ``configs/faces_judge.yaml`` trains one. It must not be what guides.
         save_dir: where ``obedience.json`` goes.
+        overwrite: replace one that is there.
     """
 
-    def __init__(self, judge: str, save_dir: str) -> None:
-        self.judge, self.save_dir = load_classifier(Path(judge)), Path(save_dir)
+    def __init__(self, judge: str, save_dir: str, overwrite: bool = False) -> None:
+        self.judge, self.report = load_classifier(Path(judge)), Path(save_dir) / "obedience.json"
+        if self.report.exists() and not overwrite:
+            raise InputError(f"save_dir: {self.report} exists; another folder, or --overwrite true, would do")
         self.rows: list[dict[str, Any]] = []
 
     def check(self, texts: list[str]) -> None:
@@ -65,11 +69,10 @@ class Obedience(L.Callback):
         if not trainer.is_global_zero:
             return
         table = summarise(rows)
-        self.save_dir.mkdir(parents=True, exist_ok=True)
         report = {"obedience": table, "provenance": self.provenance, "pictures": len(rows)}
-        (self.save_dir / "obedience.json").write_text(json.dumps(report, indent=2) + "\n")
-        print(markdown(table))
-        print(f"\nwritten to {self.save_dir / 'obedience.json'}")
+        with whole(self.report) as aside:
+            aside.write_text(json.dumps(report, indent=2) + "\n")
+        print(f"{markdown(table)}\n\nwritten to {self.report}")
 
 
 def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ class Clip:
         self.model.to(device)
         return self
 
+    @cached_property
     def hash(self) -> str:
         """SHA-256 over names and values of the weights, 16 digits."""
         return state_hash(self.model.state_dict())

@@ -123,7 +123,6 @@ class DDPMModule(L.LightningModule):
         data = getattr(self.trainer.datamodule, "size", self.architecture.image_size)
         if data != self.architecture.image_size:
             raise InputError(f"data.size: {data} given; {self.architecture.image_size}, the model's, would do")
-
         if self.save_path is not None and self.save_path.exists():
             raise InputError(f"model.save_path: {self.save_path} exists; another name would do")
 
@@ -221,17 +220,19 @@ class DDPMModule(L.LightningModule):
 
     def provenance(self) -> dict[str, Any]:
         """What it takes, beside a request, to make its picture again."""
-        if self._provenance is None:
+        if self._provenance is None or self.trainer.training:  # in fit the weights change
             config = self.sampling
             self._provenance = {
                 "method": config.method,
                 "steps": config.skip_steps,
                 "skip_type": config.skip_type,
-                "sampler": f"ddim(eta={config.ddim_eta:g})" if config.ddim else f"ddpm({config.var_type})",
-                "weights": str(self.weights_path or self.trainer.ckpt_path),
+                "sampler": f"ddim(eta={config.ddim_eta:g})" if config.ddim else "ddpm",
+                "var_type": config.var_type,
+                "clip_denoised": config.clip_denoised,
+                "weights": None if self.trainer.training else str(self.weights_path or self.trainer.ckpt_path),
                 "weights_hash": state_hash(self.ema.average),
                 "clip": self.clip_name,
-                "clip_hash": None if self._clip is None else self._clip.hash(),
+                "clip_hash": None if self._clip is None else self._clip.hash,
                 "device": self.device.type,
             }
         return self._provenance
@@ -263,6 +264,7 @@ class DDPMModule(L.LightningModule):
             checkpoint["state_dict"][f"unet.{name}"] = average.detach().clone()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.configure_model()
         given = Architecture.from_dict(checkpoint["architecture"])
         if given != self.architecture:
             raise InputError(f"ckpt_path: the checkpoint is of {given}; the config says {self.architecture}")

@@ -217,5 +217,7 @@ def test_test_judges_what_obeys(config: str, tmp_path: Path, capsys: pytest.Capt
     ]
     assert set(report["obedience"][2]["attributes"]) == {"gender", "age", "smile"}
     assert "| an old man with a smile | 50 | 3 |" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"obedience\.json exists"):
+        main(["test", "-c", config, *flags, *texts])
     with pytest.raises(SystemExit, match="the judge finds nothing to look for in 'a dog'"):
-        main(["test", "-c", config, *flags, "--text", "a dog"])
+        main(["test", "-c", config, *flags, "--text", "a dog", "--overwrite", "true"])

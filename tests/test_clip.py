@@ -6,7 +6,9 @@ from conftest import TINY_CLIP
 from PIL import Image
 
 from diffusion.clip import Clip, preprocess
+from diffusion.guidance import GuidanceError
 from diffusion.losses import ClipSimilarity
+from diffusion.schedule import Schedule
 from errors import InputError
 from lightning_modules.clip import OPENAI_PREPROCESSING
 from lightning_modules.degrade import degrade
@@ -46,6 +48,15 @@ def test_a_picture_scores_against_its_own_text(tiny_clip: Path) -> None:
     torch.testing.assert_close(both[1], ClipSimilarity(clip, texts[1:])(image[1:])[0])
     assert both.abs().max() <= 1
     assert not any(p.requires_grad for p in clip.model.parameters())
+
+
+def test_a_flat_picture_is_an_error_that_says_where(tiny_clip: Path) -> None:
+    loss = ClipSimilarity(Clip.load(str(tiny_clip)), ["a man", "a man"])
+    image = torch.stack([torch.rand(3, 16, 16), torch.full((3, 16, 16), -0.99)])
+    with pytest.raises(GuidanceError, match="near-constant picture at t=7") as raised:
+        loss(image, Schedule.named("linear").step(7, 6))
+    assert raised.value.position == 1
+    assert loss(image).shape == (2,)  # a finished picture may be as it likes
 
 
 def test_texts_are_encoded_once(tiny_clip: Path) -> None:
