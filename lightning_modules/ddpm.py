@@ -170,16 +170,18 @@ class DDPMModule(L.LightningModule):
         self, text: Sequence[str], seed: Sequence[int], guidance_weight: Sequence[float], progress: bool = False
     ) -> Tensor:
         """The pictures that :meth:`sample` ends with, (B, C, H, W) in [-1, 1], by the averaged weights."""
-        training = self.unet.training
+        count, training = len(seed), self.unet.training
+        fill = -count % self.sampling.batch_multiple
+        filled = ([*values, *[values[-1]] * fill] for values in (text, seed, guidance_weight))
         self.unet.eval()
         try:
             with self.ema.applied():
-                states = self.sample(text, seed, guidance_weight)
+                states = self.sample(*filled)
                 for state in tqdm(states, total=len(self.steps), desc="steps", leave=False, disable=not progress):
                     image = state.x
         finally:
             self.unet.train(training)
-        return image.clamp(-1, 1)
+        return image[:count].clamp(-1, 1)
 
     @property
     def steps(self) -> list[Step]:
@@ -199,7 +201,8 @@ class DDPMModule(L.LightningModule):
             try:
                 image = self.draw(batch["text"], batch["seed"], batch["guidance_weight"], self._shows_progress)
             except GuidanceError as error:
-                request = {name: values[error.position] for name, values in batch.items()}
+                position = min(error.position, len(batch["seed"]) - 1)  # beyond it, the last request fills the batch
+                request = {name: values[position] for name, values in batch.items()}
                 raise GuidanceError(error.position, f"{error.reason} in request {request}") from error
             return {
                 "image": image,
