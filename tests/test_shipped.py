@@ -73,9 +73,10 @@ def test_guidance_makes_pictures_obey(tmp_path: Path) -> None:
 
 
 def test_the_micro_batch_does_not_matter_to_strongly_guided_pictures(tmp_path: Path) -> None:
-    flags = ["--text", "an old man with a smile", "--guidance_weight", "100", "--n_samples", "5", "--skip_steps", "20"]
-    for size in ("1", "3", "8"):
+    flags = ["--text", "an old man with a smile", "--guidance_weight", "100", "--skip_steps", "20"]
+    flags += ["--n_samples", "3", "--unguided", "false"]
+    for size in ("1", "3"):
         main(["predict", "-c", "configs/faces.yaml", *flags, "--micro_batch", size, "--save_dir", str(tmp_path / size)])
-    for i in range(10):
-        pictures = [np.asarray(Image.open(tmp_path / size / f"{i:06d}.png"), dtype=int) for size in ("1", "3", "8")]
-        assert max(np.abs(pictures[0] - other).max() for other in pictures[1:]) <= 2
+    for i in range(3):
+        pictures = [np.asarray(Image.open(tmp_path / size / f"{i:06d}.png"), dtype=int) for size in ("1", "3")]
+        assert np.abs(pictures[0] - pictures[1]).max() <= 2
