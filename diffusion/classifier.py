@@ -61,10 +61,6 @@ class Classifier(nn.Module):
                 found[attribute] = max(hits)[1]  # the longest: "no glasses" before "glasses"
         return found
 
-    def sees(self, image: Tensor, attribute: str, value: str) -> Tensor:
-        """(B,) bool: whether ``value`` is the likeliest of the attribute in each picture."""
-        return self(image)[attribute].argmax(dim=1) == list(self.vocabulary[attribute]).index(value)
-
 
 def save_classifier(path: Path, classifier: Classifier) -> None:
     """Write safetensors in half precision, whole or not at all."""

@@ -17,11 +17,11 @@ from lightning_modules.ddpm import DDPMModule
 from lightning_modules.optim import OptimConfig
 
 
-def fitted(root: Path, steps: int = 12, ckpt_path: str | None = None, callbacks: tuple = (), **kwargs) -> DDPMModule:
+def fitted(root: Path, steps: int = 12, callbacks: tuple = (), **kwargs) -> DDPMModule:
     seed_everything(1)
     module = tiny_module(**kwargs)
     trainer = tiny_trainer(root, max_steps=steps, callbacks=list(callbacks), enable_checkpointing=None)
-    trainer.fit(module, tiny_faces(), ckpt_path=ckpt_path)
+    trainer.fit(module, tiny_faces())
     return module
 
 
