@@ -1,21 +1,31 @@
-"""The command line: ``python cli.py {fit,validate,test,predict} -c CONFIG …``."""
+"""The command line: ``python cli.py {fit,validate,test,predict} -c CONFIG …`` and ``python cli.py convert IN OUT``."""
 
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
+from jsonargparse import auto_cli
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from callbacks.obedience import Obedience
 from callbacks.prediction_writer import PredictionWriter
 from datamodules.prompts import PromptDataModule
+from diffusion.denoiser import Parametrisation
 from diffusion.guidance import GuidanceError
 from diffusion.methods import SamplingConfig
+from diffusion.schedule import ScheduleName
+from diffusion.weights import Weights, load_weights, save_diffusers, save_weights
 from errors import InputError
 
 # Short names of the model's arguments; they are set only where they are given.
-MODEL_FLAGS = {"weights": str, "clip": str}
+MODEL_FLAGS: dict[str, dict[str, Any]] = {
+    "weights": {"type": str},
+    "use_ema": {"type": bool},
+    "clip": {"type": str, "nargs": "+"},
+    "clip_weights": {"type": float, "nargs": "+"},
+}
 SAMPLING_FLAGS = ("method", "skip_steps", "skip_type", "ddim_eta", "var_type")
 REQUEST_FLAGS: dict[str, dict[str, Any]] = {
     "text": {"type": str, "nargs": "+", "help": "sentences that the pictures should obey"},
@@ -26,6 +36,10 @@ REQUEST_FLAGS: dict[str, dict[str, Any]] = {
     "prompts": {"type": str, "help": "a .txt file with a text a line, or a .jsonl file with a request a line"},
     "micro_batch": {"type": int, "default": 16, "help": "pictures sampled at once on each device"},
 }
+
+
+DESCRIPTION = """CLIP-guided diffusion, trained and sampled in one framework.
+`convert IN OUT --to {safetensors,diffusers}` writes weights in another format; `convert --help` says more."""
 
 
 class ClipwardCLI(LightningCLI):
@@ -49,8 +63,8 @@ class ClipwardCLI(LightningCLI):
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        for flag, kind in MODEL_FLAGS.items():
-            parser.add_argument(f"--{flag}", type=kind | None, help=f"short for --model.{flag}")
+        for flag, options in MODEL_FLAGS.items():
+            parser.add_argument(f"--{flag}", **options, help=f"short for --model.{flag}")
         kinds = get_type_hints(SamplingConfig)
         for flag in SAMPLING_FLAGS:
             parser.add_argument(f"--{flag}", type=kinds[flag] | None, help=f"short for --model.sampling.{flag}")
@@ -126,9 +140,58 @@ class ClipwardCLI(LightningCLI):
         """A checkpoint's hyper-parameters must not override the command line."""
 
 
+def convert(
+    source: str,
+    target: str,
+    to: Literal["safetensors", "diffusers"] = "safetensors",
+    use_ema: bool = True,
+    half: bool = False,
+    image_size: int | None = None,
+    head_channels: int | None = None,
+    schedule: ScheduleName | None = None,
+    parametrisation: Parametrisation | None = None,
+) -> None:
+    """Write weights of any kind that --weights takes as our safetensors or as a diffusers folder.
+
+    Args:
+        source: the weights: a file, a folder, or the name of a diffusers model on the hub.
+        target: the file (safetensors) or folder (diffusers) to write.
+        to: what to write.
+        use_ema: take the averaged weights where a file has both.
+        half: write safetensors in half precision.
+        image_size: of the pictures, where the source doesn't know it.
+        head_channels: of an attention head, where the source doesn't know it; 64 in OpenAI's published networks.
+        schedule: where the source doesn't know it; linear in all that pesser and OpenAI published for faces.
+        parametrisation: what the network puts out, where the source doesn't know it.
+    """
+    path = Path(target)
+    if path.exists():
+        raise InputError(f"target: {target} exists; another name would do")
+    weights = load_weights(source, use_ema, head_channels)
+    told = {"image_size": image_size, "schedule": schedule, "parametrisation": parametrisation}
+    architecture = replace(weights.architecture, **{name: value for name, value in told.items() if value is not None})
+    weights = Weights(architecture, weights.state)
+    if to == "diffusers":
+        save_diffusers(path, weights)
+    else:
+        save_weights(path, weights, half)
+    count = sum(value.numel() for value in weights.state.values())
+    print(f"{target}: {count / 1e6:.1f} M parameters for {architecture.image_size}×{architecture.image_size} pictures")
+
+
 def main(args: list[str] | None = None) -> None:
+    given = sys.argv[1:] if args is None else args
     try:
-        ClipwardCLI(args=args, save_config_callback=None, seed_everything_default=0, auto_configure_optimizers=False)
+        if given[:1] == ["convert"]:
+            auto_cli(convert, args=given[1:], prog="cli.py convert")
+            return
+        ClipwardCLI(
+            args=args,
+            save_config_callback=None,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_kwargs={"description": DESCRIPTION},
+        )
     except (InputError, GuidanceError) as error:
         sys.exit(f"error: {error}")
 

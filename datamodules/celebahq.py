@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import v2
 
 from datamodules.loading import training_loader
-from errors import InputError
+from errors import InputError, first_line
 
 
 class CelebAHQDataModule(L.LightningDataModule):
@@ -85,7 +85,7 @@ class CelebAHQDataModule(L.LightningDataModule):
             except Exception as error:
                 raise InputError(
                     f"data: {self.path} is no folder or parquet file, and the hub gives no such data set "
-                    f"({str(error).splitlines()[0]})"
+                    f"({first_line(error)})"
                 ) from error
         if self.image_column in rows.column_names:
             rows = rows.cast_column(self.image_column, ImageFeature(decode=False))

@@ -1,6 +1,7 @@
 """CLIP, frozen, as a critic of pictures: the only place that imports open_clip."""
 
 import json
+import pickle
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,9 +13,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffusion.weights import state_hash, whole
-from errors import InputError
+from errors import InputError, first_line
 
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
+OPENAI_PREPROCESSING = {
+    "mode": "RGB",
+    "mean": [0.48145466, 0.4578275, 0.40821073],
+    "std": [0.26862954, 0.26130258, 0.27577711],
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
+    "fill_color": 0,
+}
 
 
 class Clip:
@@ -35,30 +44,53 @@ class Clip:
 
     @classmethod
     def load(cls, name: str) -> "Clip":
-        """Load an open_clip folder, or ``ARCHITECTURE/PRETRAINED`` such as ``ViT-B-32-quickgelu/openai``.
+        """Load a pretrained model of open_clip.
+
+        Args:
+            name: a folder with ``open_clip_config.json`` and the weights (``local-dir:`` may stand before it);
+                ``ARCHITECTURE/TAG``, such as ``ViT-B-32/openai``, which is downloaded; ``ARCHITECTURE/FILE`` for a file
+                of weights that were trained with OpenAI's mean and standard deviation; OpenAI's own ``.pt`` file, which
+                knows its architecture; or ``hf-hub:OWNER/NAME``.
 
         Raises:
-            InputError: where there is no such folder, name or weights.
+            InputError: where there is no such model, or its weights can't be had or don't fit.
         """
         import open_clip
 
-        folder = Path(name.removeprefix("local-dir:"))
-        if folder.is_dir():
-            missing = [file for file in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / file).is_file()]
-            if missing:
-                raise InputError(f"clip: {name} has no {missing[0]}; an open_clip folder would do")
-            source: dict[str, Any] = {"model_name": f"local-dir:{folder}"}
-        else:
-            architecture, _, pretrained = name.partition("/")
-            if (architecture, pretrained) not in open_clip.list_pretrained():
+        folder, (architecture, _, rest) = Path(name.removeprefix("local-dir:")), name.partition("/")
+        known = architecture in open_clip.list_models()
+        options: dict[str, Any] = {}
+        try:
+            if folder.is_file():
+                model, tokenizer = _from_openai(folder), open_clip.SimpleTokenizer()
+                preprocess_cfg = OPENAI_PREPROCESSING | {"size": model.visual.image_size}
+                return cls(model, tokenizer, preprocess_cfg, name)
+            if folder.is_dir():
+                if not (folder / CONFIG_FILE).is_file():
+                    raise InputError(f"clip: {name} has no {CONFIG_FILE}; an open_clip folder would do")
+                source = f"local-dir:{folder}"
+            elif name.startswith("hf-hub:"):
+                source = name
+            elif known and Path(rest).is_file():
+                source, options = architecture, {"pretrained": rest}
+            elif (architecture, rest) in open_clip.list_pretrained():
+                # the tag knows which activation it was trained with; the architecture may name another
+                quick_gelu = bool(open_clip.get_pretrained_cfg(architecture, rest).get("quick_gelu"))
+                source, options = architecture, {"pretrained": rest, "force_quick_gelu": quick_gelu}
+            else:
+                tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) if known else ""
                 raise InputError(
-                    f"clip: {name!r} is neither a folder nor a pretrained model of open_clip; a folder with "
-                    f"{CONFIG_FILE}, or a name such as ViT-B-32-quickgelu/openai would do"
+                    f"clip: {name!r} is neither a folder, a file, nor a pretrained model of open_clip; "
+                    + (f"{architecture}/ with one of {tags} would do" if tags else "ViT-B-32/openai would do")
                 )
-            source = {"model_name": architecture, "pretrained": pretrained}
-        model = open_clip.create_model(**source, require_pretrained=True)
-        tokenizer = open_clip.get_tokenizer(source["model_name"])
-        return cls(model, tokenizer, dict(model.visual.preprocess_cfg), name)
+            model = open_clip.create_model(source, require_pretrained=True, **options)
+            return cls(model, open_clip.get_tokenizer(source), dict(model.visual.preprocess_cfg), name)
+        except ImportError as error:
+            raise InputError(f"clip: {name} needs a package that is not installed ({first_line(error)})") from error
+        except (RuntimeError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"clip: {name} can't be loaded ({first_line(error)})") from error
 
     def to(self, device: torch.device | str) -> "Clip":
         self.model.to(device)
@@ -87,7 +119,11 @@ class Clip:
     def _check_length(self, text: str) -> None:
         if not text.strip():
             raise InputError("text: an empty text given; a sentence that says what to draw would do")
-        over = len(self.tokenizer.encode(text)) + 2 - self.context_length
+        if hasattr(self.tokenizer, "encode"):
+            length = len(self.tokenizer.encode(text)) + 2  # a start and an end
+        else:  # open_clip's wrapper of a tokenizer of transformers
+            length = len(self.tokenizer.tokenizer(text).input_ids)
+        over = length - self.context_length
         if over > 0:
             raise InputError(
                 f"text: {text!r} is {over} tokens too long for this CLIP, which reads {self.context_length}"
@@ -95,9 +131,26 @@ class Clip:
 
     def encode_image(self, image: Tensor) -> Tensor:
         """(B, C, H, W) in [-1, 1] -> (B, D), of unit length, differentiable, in float32."""
-        with torch.autocast(image.device.type, enabled=False):
-            pixels = preprocess(image.float(), self.preprocess)
+        return self.encode_pixels(preprocess(image.float(), self.preprocess))
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """The same of what :func:`preprocess` returns."""
+        with torch.autocast(pixels.device.type, enabled=False):
             return F.normalize(self.model.encode_image(pixels).float(), dim=-1)
+
+
+def _from_openai(file: Path) -> nn.Module:
+    """The model of a TorchScript archive as OpenAI publishes them."""
+    from open_clip.model import build_model_from_openai_state_dict
+
+    try:
+        state = torch.jit.load(file, map_location="cpu").state_dict()
+    except RuntimeError as error:
+        raise InputError(
+            f"clip: {file} is no TorchScript archive and so does not say its architecture; ARCHITECTURE/FILE, such as "
+            f"ViT-B-32/{file}, would do"
+        ) from error
+    return build_model_from_openai_state_dict(state, cast_dtype=torch.float32)
 
 
 def preprocess(image: Tensor, config: dict[str, Any]) -> Tensor:

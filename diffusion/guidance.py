@@ -26,12 +26,21 @@ from torch import Tensor
 from diffusion.denoiser import Denoiser, Prediction, to_eps
 from diffusion.schedule import Step
 
+FLAT = 0.01  # standard deviation of a picture in [-1, 1] in which nothing can be seen
+
 
 class Loss(Protocol):
     """What a picture is scored by; guidance raises it."""
 
     def __call__(self, image: Tensor, step: Step) -> Tensor:
         """image: (B, C, H, W) in [-1, 1]. Returns (B,), one number per image."""
+
+
+class PixelLoss(Loss, Protocol):
+    """A loss that knows its gradient at the pixels that its critic sees."""
+
+    def pixel_gradient(self, image: Tensor) -> Tensor:
+        """image: (B, C, H, W) in [-1, 1]. Returns the same shape."""
 
 
 class Guidance(Protocol):
@@ -84,6 +93,28 @@ class Clamp:
         return pred._replace(x0=x0, eps=to_eps(x0, x, step.alpha_bar_t))
 
 
+class RefuseFlat:
+    """Changes nothing, and refuses an x̂0 so flat that a critic can't see anything in it.
+
+    Args:
+        weight: (B,) the strength of the guidance that follows; an image with 0 may be as it likes.
+
+    Raises:
+        GuidanceError: when called on one.
+    """
+
+    needs_graph = False
+
+    def __init__(self, weight: Tensor) -> None:
+        self.guided = weight != 0
+
+    def __call__(self, pred: Prediction, x: Tensor, step: Step) -> Prediction:
+        flat = self.guided & (pred.x0.detach().flatten(1).std(dim=1) < FLAT)
+        if flat.any():
+            raise GuidanceError(int(flat.nonzero()[0]), f"the critic sees a near-constant picture at t={step.t}")
+        return pred
+
+
 # where the gradient is taken: (loss, pred, x, step) -> (B, C, H, W)
 
 Gradient = Callable[[Loss, Prediction, Tensor, Step], Tensor]
@@ -102,6 +133,14 @@ def grad_clean(loss: Loss, pred: Prediction, x: Tensor, step: Step) -> Tensor:
 def grad_denoised(loss: Loss, pred: Prediction, x: Tensor, step: Step) -> Tensor:
     """∇_{x_t} L(x̂0(x_t)), through the network."""
     return torch.autograd.grad(loss(pred.x0, step).sum(), x, retain_graph=True)[0]
+
+
+def grad_pixels(loss: PixelLoss, pred: Prediction, x: Tensor, step: Step) -> Tensor:
+    """The gradient at the critic's own pixels of x̂0, in place of x̂0's, over √ᾱ_t. No network backward.
+
+    1/√ᾱ_t is what ∂x̂0/∂x_t would be if the network's eps did not depend on x_t.
+    """
+    return loss.pixel_gradient(pred.x0) / step.alpha_bar_t**0.5
 
 
 def _gradient(loss: Loss, at: Tensor, step: Step) -> Tensor:
@@ -157,8 +196,8 @@ class GradientGuidance:
         return self.gradient is grad_denoised
 
     def __call__(self, pred: Prediction, x: Tensor, step: Step) -> Prediction:
-        g = self.gradient(self.loss, pred, x, step)
         guided = self.weight != 0
+        g = self.gradient(self.loss, pred, x, step)
         size = g.flatten(1).norm(dim=1)  # (B,)
         broken = guided & ~(torch.isfinite(size) & (size > 0))
         if broken.any():

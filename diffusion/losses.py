@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion.clip import Clip
-from diffusion.guidance import GuidanceError
+from diffusion.clip import Clip, preprocess
 from diffusion.schedule import Step
-
-FLAT = 0.01  # standard deviation of a picture in [-1, 1]
 
 
 class ClipSimilarity:
@@ -17,17 +16,36 @@ class ClipSimilarity:
     Args:
         clip: the critic.
         texts: one per image of the batch.
-
-    Raises:
-        GuidanceError: when called for a step, where a picture is so flat that CLIP can't see anything in it.
     """
 
     def __init__(self, clip: Clip, texts: Sequence[str]) -> None:
         self.clip, self.text_features = clip, clip.encode_text(texts)  # (B, D)
 
     def __call__(self, image: Tensor, step: Step | None = None) -> Tensor:
-        if step is not None:
-            flat = image.detach().flatten(1).std(dim=1) < FLAT
-            if flat.any():
-                raise GuidanceError(int(flat.nonzero()[0]), f"CLIP sees a near-constant picture at t={step.t}")
         return (self.clip.encode_image(image) * self.text_features).sum(dim=-1)
+
+    def pixel_gradient(self, image: Tensor) -> Tensor:
+        """∇ of the cosine at CLIP's own input (its size, its mean and std), resized to the picture: (B, C, H, W)."""
+        with torch.enable_grad():
+            pixels = preprocess(image.detach().float(), self.clip.preprocess).requires_grad_()
+            similarity = (self.clip.encode_pixels(pixels) * self.text_features).sum()
+            gradient = torch.autograd.grad(similarity, pixels)[0]
+        return F.interpolate(gradient, image.shape[-2:], mode="bilinear", antialias=True, align_corners=False)
+
+
+class Ensemble:
+    """The mean of several similarities.
+
+    Args:
+        losses: what is averaged.
+        weights: of each, relative to the others.
+    """
+
+    def __init__(self, losses: Sequence[ClipSimilarity], weights: Sequence[float]) -> None:
+        self.losses, self.shares = losses, [weight / sum(weights) for weight in weights]
+
+    def __call__(self, image: Tensor, step: Step | None = None) -> Tensor:
+        return sum(share * loss(image, step) for share, loss in zip(self.shares, self.losses, strict=True))
+
+    def pixel_gradient(self, image: Tensor) -> Tensor:
+        return sum(share * loss.pixel_gradient(image) for share, loss in zip(self.shares, self.losses, strict=True))

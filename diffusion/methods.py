@@ -7,7 +7,16 @@ from typing import Literal
 from torch import Tensor
 
 from diffusion.denoiser import VarType
-from diffusion.guidance import GradientGuidance, Guidance, Loss, grad_denoised, shift_eps, shift_mean
+from diffusion.guidance import (
+    GradientGuidance,
+    Guidance,
+    Loss,
+    PixelLoss,
+    grad_denoised,
+    grad_pixels,
+    shift_eps,
+    shift_mean,
+)
 from diffusion.schedule import SkipType
 from errors import InputError
 
@@ -24,7 +33,16 @@ def score_guidance(loss: Loss, weight: Tensor) -> list[Guidance]:
     return [GradientGuidance(loss, weight, grad_denoised, shift_eps)]
 
 
-METHODS: dict[str, Method] = {"clip_guidance": clip_guidance, "score_guidance": score_guidance}
+def clip_guidance_pixel(loss: PixelLoss, weight: Tensor) -> list[Guidance]:
+    """The CLIP-guidance formula as its authors coded it: σ_t²·ᾱ_t^(−½) times the gradient at CLIP's own pixels."""
+    return [GradientGuidance(loss, weight, grad_pixels, shift_mean)]
+
+
+METHODS: dict[str, Method] = {
+    "clip_guidance": clip_guidance,
+    "clip_guidance_pixel": clip_guidance_pixel,
+    "score_guidance": score_guidance,
+}
 
 
 @dataclass(frozen=True)
@@ -37,20 +55,20 @@ class SamplingConfig:
         skip_type: how they are spread over the noise levels.
         ddim: take DDIM's steps in place of DDPM's.
         ddim_eta: DDIM's noise, from 0 (none) to 1 (as DDPM).
-        var_type: DDPM's variance, which also scales the mean's shift.
-        clip_denoised: clamp x̂0 to [-1, 1] at every step.
+        var_type: DDPM's variance, which also scales the mean's shift; what the weights were made for by default.
+        clip_denoised: clamp x̂0 to [-1, 1] at every step; what the weights were made for by default.
         batch_multiple: batches are filled up to a multiple of this. A network rounds differently in batches of other
             sizes (by 1e-6, measured on a CPU for sizes that 4 does not divide), and strong guidance makes another
             picture of it. 1 saves the memory and leaves pictures to depend on the micro-batch.
     """
 
-    method: Literal["clip_guidance", "score_guidance"] = "clip_guidance"
+    method: Literal["clip_guidance", "clip_guidance_pixel", "score_guidance"] = "clip_guidance"
     skip_steps: int = 50
     skip_type: SkipType = "uniform"
     ddim: bool = False
     ddim_eta: float = 0.0
-    var_type: VarType = "fixed_small"
-    clip_denoised: bool = True
+    var_type: VarType | None = None
+    clip_denoised: bool | None = None
     batch_multiple: int = 4
 
     def __post_init__(self) -> None:

@@ -14,7 +14,8 @@ from torch import Tensor
 from errors import InputError
 
 SkipType = Literal["uniform", "uniform2", "quad"]
-ScheduleName = Literal["linear", "cosine"]
+ScheduleName = Literal["linear", "scaled_linear", "cosine"]
+Betas = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -51,16 +52,24 @@ class Schedule:
             raise InputError("alpha_bar must fall strictly from below 1 to above 0")
 
     @classmethod
-    def named(cls, name: ScheduleName, num_timesteps: int = 1000) -> "Schedule":
-        """``linear`` (Ho et al. 2020: β from 1e-4 to 0.02) or ``cosine`` (Nichol & Dhariwal 2021, eq. 17)."""
+    def named(cls, name: ScheduleName, num_timesteps: int = 1000, betas: Betas = (1e-4, 0.02)) -> "Schedule":
+        """``linear`` in β (Ho et al. 2020), ``scaled_linear`` in √β, or ``cosine`` (Nichol & Dhariwal 2021, eq. 17).
+
+        Args:
+            name: the family.
+            num_timesteps: T.
+            betas: the first and the last β; ``cosine`` has its own.
+        """
+        first, last = betas
         if name == "linear":
-            scale = 1000 / num_timesteps
-            return cls.from_betas(torch.linspace(1e-4 * scale, 0.02 * scale, num_timesteps, dtype=torch.float64))
+            return cls.from_betas(torch.linspace(first, last, num_timesteps, dtype=torch.float64))
+        if name == "scaled_linear":
+            return cls.from_betas(torch.linspace(first**0.5, last**0.5, num_timesteps, dtype=torch.float64) ** 2)
         if name == "cosine":
             u = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
             f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
             return cls.from_betas((1 - f[1:] / f[:-1]).clamp(max=0.999))
-        raise InputError(f"schedule: {name!r} is not one of linear, cosine")
+        raise InputError(f"schedule: {name!r} is not one of linear, scaled_linear, cosine")
 
     @classmethod
     def from_betas(cls, betas: Tensor) -> "Schedule":

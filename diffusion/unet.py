@@ -1,7 +1,8 @@
-"""The U-Net of Ho et al. 2020, in the arrangement that diffusers calls ``UNet2DModel``."""
+"""The U-Nets of Ho et al. 2020 and of Dhariwal & Nichol 2021, arranged as diffusers arranges ``UNet2DModel``."""
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from errors import InputError
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The size of a :class:`UNet`. The defaults are the 114 M-parameter network of CelebA-HQ 256.
+    """The size and the family of a :class:`UNet`. The defaults are Ho et al.'s 114 M parameters for CelebA-HQ 256.
 
     Args:
         image_channels: channels of x_t.
@@ -25,6 +26,14 @@ class UNetConfig:
         dropout: inside the residual blocks.
         norm_groups: groups of every GroupNorm; divides every number of channels.
         norm_eps: of every GroupNorm.
+        head_channels: channels of an attention head; one head without.
+        scale_shift_norm: t scales and shifts the second normalised activation of a residual block (Nichol & Dhariwal
+            2021), instead of being added before it.
+        resblock_updown: levels are joined by residual blocks that resize, instead of convolutions.
+        downsample_padding: of the convolution between levels: 0 pads on the right and below alone, as Ho et al.'s
+            TensorFlow code; 1 on all sides.
+        freq_shift: the lowest frequency that t is embedded by is 10000^(−(n − 1)/(n − freq_shift)) of n: 1 in Ho et
+            al.'s code, 0 in OpenAI's.
     """
 
     image_channels: int = 3
@@ -36,12 +45,27 @@ class UNetConfig:
     dropout: float = 0.0
     norm_groups: int = 32
     norm_eps: float = 1e-6
+    head_channels: int | None = None
+    scale_shift_norm: bool = False
+    resblock_updown: bool = False
+    downsample_padding: Literal[0, 1] = 0
+    freq_shift: Literal[0, 1] = 1
 
     def __post_init__(self) -> None:
         if any(c % self.norm_groups for c in self.channels):
             raise InputError(
                 f"unet.channels: {list(self.channels)} given; multiples of norm_groups ({self.norm_groups}) would do"
             )
+        attended = {c for level, c in enumerate(self.channels) if level in self.attention_levels} | {self.channels[-1]}
+        if self.head_channels is not None and any(c % self.head_channels for c in attended):
+            raise InputError(
+                f"unet.head_channels: {self.head_channels} given; a divisor of {sorted(attended)}, the channels that "
+                "are attended to, would do"
+            )
+
+    @property
+    def learns_variance(self) -> bool:
+        return self.out_channels == 2 * self.image_channels
 
     @property
     def stride(self) -> int:
@@ -54,20 +78,25 @@ class UNet(nn.Module):
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
-        channels, groups, eps = config.channels, config.norm_groups, config.norm_eps
-        image_channels, patch, num_res_blocks = config.image_channels, config.patch, config.num_res_blocks
+        channels, image_channels, num_res_blocks = config.channels, config.image_channels, config.num_res_blocks
         out_channels = image_channels if config.out_channels is None else config.out_channels
-        self.patch, self.time_channels = patch, channels[0]
+        self.patch, self.time_channels, self.freq_shift = config.patch, channels[0], config.freq_shift
         time_dim = 4 * channels[0]
         self.time_in, self.time_out = nn.Linear(channels[0], time_dim), nn.Linear(time_dim, time_dim)
 
-        def res(c_in: int, c_out: int) -> ResBlock:
-            return ResBlock(c_in, c_out, time_dim, config.dropout, groups, eps)
+        def res(c_in: int, c_out: int, resize: nn.Module | None = None) -> ResBlock:
+            return ResBlock(c_in, c_out, time_dim, config, resize)
 
         def attention(level: int, c: int) -> nn.Module:
-            return Attention(c, groups, eps) if level in config.attention_levels else nn.Identity()
+            return Attention(c, config) if level in config.attention_levels else nn.Identity()
 
-        self.conv_in = nn.Conv2d(image_channels * patch**2, channels[0], 3, padding=1)
+        def down(c: int) -> nn.Module:
+            return res(c, c, nn.AvgPool2d(2)) if config.resblock_updown else Downsample(c, config.downsample_padding)
+
+        def up(c: int) -> nn.Module:
+            return res(c, c, nn.UpsamplingNearest2d(scale_factor=2)) if config.resblock_updown else Upsample(c)
+
+        self.conv_in = nn.Conv2d(image_channels * self.patch**2, channels[0], 3, padding=1)
         c = channels[0]
         skips = [c]
         self.down = nn.ModuleList()
@@ -79,11 +108,11 @@ class UNet(nn.Module):
                 c = width
                 skips.append(c)
             if level < len(channels) - 1:
-                stage["resample"] = Downsample(c)
+                stage["resample"] = down(c)
                 skips.append(c)
             self.down.append(stage)
 
-        self.middle = nn.ModuleList([res(c, c), Attention(c, groups, eps), res(c, c)])
+        self.middle = nn.ModuleList([res(c, c), Attention(c, config), res(c, c)])
 
         self.up = nn.ModuleList()  # from the coarsest level to the finest
         for level, width in reversed(list(enumerate(channels))):
@@ -93,18 +122,18 @@ class UNet(nn.Module):
                 stage["attentions"].append(attention(level, width))
                 c = width
             if level > 0:
-                stage["resample"] = Upsample(c)
+                stage["resample"] = up(c)
             self.up.append(stage)
 
-        self.norm_out = nn.GroupNorm(groups, c, eps)
-        self.conv_out = nn.Conv2d(c, out_channels * patch**2, 3, padding=1)
+        self.norm_out = nn.GroupNorm(config.norm_groups, c, config.norm_eps)
+        self.conv_out = nn.Conv2d(c, out_channels * self.patch**2, 3, padding=1)
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x: (B, C, H, W), H and W multiples of the stride; t: (B,) timesteps. Returns (B, out_channels, H, W)."""
-        emb = self.time_out(F.silu(self.time_in(time_embedding(t, self.time_channels).to(x.dtype))))
-        emb = F.silu(emb)
+        emb = time_embedding(t, self.time_channels, self.freq_shift).to(x.dtype)
+        emb = F.silu(self.time_out(F.silu(self.time_in(emb))))
         h = self.conv_in(F.pixel_unshuffle(x, self.patch))
         skips = [h]
         for stage in self.down:
@@ -112,7 +141,7 @@ class UNet(nn.Module):
                 h = attention(block(h, emb))
                 skips.append(h)
             if "resample" in stage:
-                h = stage["resample"](h)
+                h = stage["resample"](h, emb)
                 skips.append(h)
         first, attention, second = self.middle
         h = second(attention(first(h, emb)), emb)
@@ -120,61 +149,77 @@ class UNet(nn.Module):
             for block, attention in zip(stage["blocks"], stage["attentions"], strict=True):
                 h = attention(block(torch.cat([h, skips.pop()], dim=1), emb))
             if "resample" in stage:
-                h = stage["resample"](h)
+                h = stage["resample"](h, emb)
         h = self.conv_out(F.silu(self.norm_out(h)))
         return F.pixel_shuffle(h, self.patch)
 
 
-def time_embedding(t: Tensor, dim: int) -> Tensor:
-    """(B,) -> (B, dim): sines, then cosines, of t at frequencies from 1 to 1/10000 (Ho et al. 2020's code)."""
+def time_embedding(t: Tensor, dim: int, freq_shift: int = 1) -> Tensor:
+    """(B,) -> (B, dim): sines, then cosines, of t at frequencies from 1 down to 1/10000 or so."""
     half = dim // 2
-    freqs = torch.exp(-math.log(10000) / (half - 1) * torch.arange(half, dtype=torch.float32, device=t.device))
-    angles = t.float()[:, None] * freqs  # (B, dim/2)
+    exponent = torch.arange(half, dtype=torch.float32, device=t.device) / (half - freq_shift)
+    angles = t.float()[:, None] * torch.exp(-math.log(10000) * exponent)  # (B, dim/2)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 class ResBlock(nn.Module):
-    def __init__(self, c_in: int, c_out: int, time_dim: int, dropout: float, groups: int, eps: float) -> None:
+    """Two convolutions beside a shortcut; ``resize`` halves or doubles both ways, after the first activation."""
+
+    def __init__(
+        self, c_in: int, c_out: int, time_dim: int, config: UNetConfig, resize: nn.Module | None = None
+    ) -> None:
         super().__init__()
+        groups, eps = config.norm_groups, config.norm_eps
+        self.resize, self.scale_shift_norm = resize or nn.Identity(), config.scale_shift_norm
         self.norm1, self.conv1 = nn.GroupNorm(groups, c_in, eps), nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.time = nn.Linear(time_dim, c_out)
+        self.time = nn.Linear(time_dim, 2 * c_out if config.scale_shift_norm else c_out)
         self.norm2, self.conv2 = nn.GroupNorm(groups, c_out, eps), nn.Conv2d(c_out, c_out, 3, padding=1)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(config.dropout)
         self.shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
         nn.init.zeros_(self.conv2.weight)
         nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time(emb)[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return self.shortcut(x) + h
+        h = self.conv1(self.resize(F.silu(self.norm1(x))))
+        time = self.time(emb)[:, :, None, None]
+        if self.scale_shift_norm:
+            scale, shift = time.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + time)
+        h = self.conv2(self.dropout(F.silu(h)))
+        return self.shortcut(self.resize(x)) + h
 
 
 class Attention(nn.Module):
-    """Self-attention over pixels with one head."""
+    """Self-attention over pixels."""
 
-    def __init__(self, channels: int, groups: int, eps: float) -> None:
+    def __init__(self, channels: int, config: UNetConfig) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps)
+        self.heads = channels // (config.head_channels or channels)
+        self.norm = nn.GroupNorm(config.norm_groups, channels, config.norm_eps)
         self.query, self.key = nn.Linear(channels, channels), nn.Linear(channels, channels)
         self.value, self.out = nn.Linear(channels, channels), nn.Linear(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x).flatten(2).mT  # (B, H·W, C)
-        h = F.scaled_dot_product_attention(self.query(h), self.key(h), self.value(h))
+        query, key, value = (
+            layer(h).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, H·W, C/heads)
+            for layer in (self.query, self.key, self.value)
+        )
+        h = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
         return x + self.out(h).mT.reshape(x.shape)
 
 
 class Downsample(nn.Module):
-    """A convolution of stride 2, padded on the right and below as in Ho et al.'s TensorFlow code."""
+    """A convolution of stride 2."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, padding: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
@@ -182,5 +227,5 @@ class Upsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))

@@ -8,19 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion.clip import Clip, contrastive_loss, new_model, new_tokenizer, preprocess, save_folder
+from diffusion.clip import (
+    OPENAI_PREPROCESSING,
+    Clip,
+    contrastive_loss,
+    new_model,
+    new_tokenizer,
+    preprocess,
+    save_folder,
+)
 from errors import InputError
 from lightning_modules.degrade import degrade
 from lightning_modules.optim import OptimConfig, adamw
-
-OPENAI_PREPROCESSING = {
-    "mode": "RGB",
-    "mean": [0.48145466, 0.4578275, 0.40821073],
-    "std": [0.26862954, 0.26130258, 0.27577711],
-    "interpolation": "bicubic",
-    "resize_mode": "shortest",
-    "fill_color": 0,
-}
 
 
 class ClipModule(L.LightningModule):

@@ -10,15 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from diffusion.architecture import Architecture, default_var_type
 from diffusion.clip import Clip
-from diffusion.denoiser import NetworkDenoiser, Parametrisation, training_target
-from diffusion.guidance import Clamp, GuidanceError, GuidedDenoiser
-from diffusion.losses import ClipSimilarity
+from diffusion.denoiser import NetworkDenoiser, Parametrisation, VarType, training_target
+from diffusion.guidance import Clamp, GuidanceError, GuidedDenoiser, RefuseFlat
+from diffusion.losses import ClipSimilarity, Ensemble
 from diffusion.methods import METHODS, SamplingConfig
 from diffusion.sampling import Noise, State, ancestral, ddim, sample
-from diffusion.schedule import Schedule, ScheduleName, Step
+from diffusion.schedule import Betas, Schedule, ScheduleName, Step
 from diffusion.unet import UNet, UNetConfig
-from diffusion.weights import Architecture, Weights, load_weights, save_weights, state_hash
+from diffusion.weights import Weights, load_weights, save_weights, state_hash
 from errors import InputError
 from lightning_modules.ema import EMA
 from lightning_modules.optim import OptimConfig, adamw
@@ -32,13 +33,17 @@ class DDPMModule(L.LightningModule):
         image_size: height and width of the pictures.
         schedule: ᾱ_t by name.
         num_timesteps: T, the number of noise levels.
+        betas: the first and the last β of the schedule, where it has no own.
         parametrisation: what the network puts out.
-        weights: a file or folder to start from, in ``fit`` too. It says itself what network it is for, and the four
-            arguments above give way to it.
+        weights: a file or folder to start from, or the name of a diffusers model on the hub, in ``fit`` too; see
+            :func:`diffusion.weights.load_weights`. It says itself what network it is for, and the arguments above give
+            way to it.
+        use_ema: take the averaged weights of a file that has those that train too.
         default_weights: what ``predict`` and ``test`` start from where ``weights`` and ``ckpt_path`` are not given;
             ``fit`` does not look at it.
-        clip: what guides: an open_clip folder, or ``ARCHITECTURE/PRETRAINED`` by open_clip's names. Needed only where
-            there is a text.
+        clip: what guides, as :meth:`diffusion.clip.Clip.load` names it; several are averaged. Needed only where there
+            is a text.
+        clip_weights: of each CLIP in the average, relative to the others; equal ones by default.
         sampling: how pictures are made.
         optim: the optimiser and its schedule.
         ema_decay: of the averaged weights, which validation, sampling and prediction use.
@@ -52,25 +57,35 @@ class DDPMModule(L.LightningModule):
         image_size: int = 256,
         schedule: ScheduleName = "linear",
         num_timesteps: int = 1000,
+        betas: Betas = (1e-4, 0.02),
         parametrisation: Parametrisation = "eps",
         weights: str | None = None,
+        use_ema: bool = True,
         default_weights: str | None = None,
-        clip: str | None = None,
+        clip: str | list[str] | None = None,
+        clip_weights: list[float] | None = None,
         sampling: SamplingConfig = SamplingConfig(),
         optim: OptimConfig = OptimConfig(),
         ema_decay: float = 0.9999,
         save_path: str | None = None,
     ) -> None:
         super().__init__()
-        self.architecture = Architecture(unet, image_size, schedule, num_timesteps, parametrisation)
-        self.weights_path, self.default_weights, self.clip_name = weights, default_weights, clip
+        self.architecture = Architecture(
+            unet, image_size, schedule, num_timesteps, betas, parametrisation, default_var_type(unet)
+        )
+        self.use_ema = use_ema
+        self.weights_path, self.default_weights = weights, default_weights
+        self.clip_names = [clip] if isinstance(clip, str) else clip or []
+        self.clip_weights = [1.0] * len(self.clip_names) if clip_weights is None else clip_weights
+        if len(self.clip_weights) != len(self.clip_names) or not all(weight > 0 for weight in self.clip_weights):
+            raise InputError(f"clip_weights: {self.clip_weights} given; a number above 0 for each clip would do")
         self.sampling = sampling
         self.optim = optim
         self.ema_decay = ema_decay
         self.save_path = None if save_path is None else Path(save_path)
         self.unet: UNet | None = None
         self.trained = False  # whether the network has weights from anywhere but chance
-        self._clip: Clip | None = None  # frozen: no part of the module's parameters, checkpoint or optimiser
+        self._clips: list[Clip] = []  # frozen: no part of the module's parameters, checkpoint or optimiser
         self._provenance: dict[str, Any] | None = None
 
     def configure_model(self) -> None:
@@ -84,11 +99,12 @@ class DDPMModule(L.LightningModule):
             and self.trainer.ckpt_path is None
         ):
             source = self.default_weights
-        weights = None if source is None else load_weights(Path(source))
+        weights = None if source is None else load_weights(source, self.use_ema)
         if weights is not None:
             self.architecture, self.weights_path = weights.architecture, source
-        self.schedule = Schedule.named(self.architecture.schedule, self.architecture.num_timesteps)
-        self.unet = UNet(self.architecture.unet)
+        architecture = self.architecture
+        self.schedule = Schedule.named(architecture.schedule, architecture.num_timesteps, architecture.betas)
+        self.unet = UNet(architecture.unet)
         if weights is not None:
             weights.into(self.unet)
             self.trained = True
@@ -128,7 +144,7 @@ class DDPMModule(L.LightningModule):
 
     def on_fit_end(self) -> None:
         if self.save_path is not None and self.trainer.is_global_zero and not self.trainer.fast_dev_run:
-            save_weights(self.save_path, Weights(self.architecture, self.ema.average))
+            save_weights(self.save_path, Weights(self.architecture, self.ema.average), half=True)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         # Here rather than at the end of the batch, where a checkpoint may already have been written.
@@ -141,12 +157,18 @@ class DDPMModule(L.LightningModule):
     # sampling
 
     @property
-    def clip(self) -> Clip:
-        if self._clip is None:
-            if self.clip_name is None:
-                raise InputError("clip: none given; an open_clip folder or name would do, for there is a text to obey")
-            self._clip = Clip.load(self.clip_name)
-        return self._clip.to(self.device)
+    def clips(self) -> list[Clip]:
+        if not self.clip_names:
+            raise InputError("clip: none given; an open_clip folder or name would do, for there is a text to obey")
+        if not self._clips:
+            self._clips = [Clip.load(name) for name in self.clip_names]
+        return [clip.to(self.device) for clip in self._clips]
+
+    def similarity(self, text: Sequence[str]) -> Ensemble:
+        """The loss that guides. Where a text is empty, another stands in: no one looks at what it scores."""
+        spare = next(sentence for sentence in text if sentence)
+        texts = [sentence or spare for sentence in text]
+        return Ensemble([ClipSimilarity(clip, texts) for clip in self.clips], self.clip_weights)
 
     def sample(self, text: Sequence[str], seed: Sequence[int], guidance_weight: Sequence[float]) -> Iterator[State]:
         """Walk from noise to pictures, one for each text, seed and weight (lists of one length).
@@ -155,12 +177,11 @@ class DDPMModule(L.LightningModule):
         :func:`diffusion.sampling.sample`, ``len(self.steps)`` of them.
         """
         config, size = self.sampling, self.architecture.image_size
-        denoise = NetworkDenoiser(self.unet, self.architecture.parametrisation, config.var_type)
-        guidances = [Clamp()] if config.clip_denoised else []
+        denoise = NetworkDenoiser(self.unet, self.architecture.parametrisation, self.var_type)
+        guidances = [Clamp()] if self.clip_denoised else []
         if any(guidance_weight):
-            spare = next(sentence for sentence, w in zip(text, guidance_weight, strict=True) if w)
-            loss = ClipSimilarity(self.clip, [sentence or spare for sentence in text])
-            guidances += METHODS[config.method](loss, torch.tensor(guidance_weight, device=self.device))
+            weight = torch.tensor(guidance_weight, device=self.device)
+            guidances += [RefuseFlat(weight), *METHODS[config.method](self.similarity(text), weight)]
         noise = Noise(seed, (self.architecture.unet.image_channels, size, size), self.device)
         update = ddim(config.ddim_eta) if config.ddim else ancestral
         return sample(GuidedDenoiser(denoise, guidances), self.steps, update, noise)
@@ -182,6 +203,15 @@ class DDPMModule(L.LightningModule):
         finally:
             self.unet.train(training)
         return image[:count].clamp(-1, 1)
+
+    @property
+    def var_type(self) -> VarType:
+        return self.sampling.var_type or self.architecture.var_type
+
+    @property
+    def clip_denoised(self) -> bool:
+        own = self.sampling.clip_denoised
+        return self.architecture.clip_denoised if own is None else own
 
     @property
     def steps(self) -> list[Step]:
@@ -217,8 +247,7 @@ class DDPMModule(L.LightningModule):
     def clip_similarity(self, image: Tensor, text: Sequence[str]) -> list[float | None]:
         if not any(text):
             return [None] * len(text)
-        spare = next(sentence for sentence in text if sentence)
-        cosines = ClipSimilarity(self.clip, [sentence or spare for sentence in text])(image).tolist()
+        cosines = self.similarity(text)(image).tolist()
         return [cosine if sentence else None for cosine, sentence in zip(cosines, text, strict=True)]
 
     def provenance(self) -> dict[str, Any]:
@@ -230,19 +259,24 @@ class DDPMModule(L.LightningModule):
                 "steps": config.skip_steps,
                 "skip_type": config.skip_type,
                 "sampler": f"ddim(eta={config.ddim_eta:g})" if config.ddim else "ddpm",
-                "var_type": config.var_type,
-                "clip_denoised": config.clip_denoised,
+                "var_type": self.var_type,
+                "clip_denoised": self.clip_denoised,
                 "weights": None if self.trainer.training else str(self.weights_path or self.trainer.ckpt_path),
                 "weights_hash": state_hash(self.ema.average),
-                "clip": self.clip_name,
-                "clip_hash": None if self._clip is None else self._clip.hash,
+                "clip": self._joined(self.clip_names),
+                "clip_hash": self._joined([clip.hash for clip in self._clips]),
                 "device": self.device.type,
             }
         return self._provenance
 
+    def _joined(self, names: list[str]) -> str | None:
+        if len(names) < 2:
+            return next(iter(names), None)
+        return " + ".join(f"{weight:g}·{name}" for weight, name in zip(self.clip_weights, names, strict=True))
+
     def setup(self, stage: str) -> None:
-        if stage in ("predict", "test") and self._clip is None and self.clip_name is not None:
-            self._clip = Clip.load(self.clip_name)  # here, for the loops that follow run in inference mode
+        if stage in ("predict", "test") and self.clip_names:
+            _ = self.clips  # loaded here, for the loops that follow run in inference mode
 
     def on_predict_start(self) -> None:
         self._check_weights()
@@ -269,11 +303,15 @@ class DDPMModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.configure_model()
         given = Architecture.from_dict(checkpoint["architecture"])
-        if given != self.architecture:
-            raise InputError(f"ckpt_path: the checkpoint is of {given}; the config says {self.architecture}")
+        difference = given.difference(self.architecture)
+        if difference:
+            raise InputError(f"ckpt_path: the checkpoint has {difference} as the config; its own config would do")
+        training = self._trainer is not None and self.trainer.training
+        if not (self.use_ema or training):
+            checkpoint["state_dict"] = checkpoint["current_model_state"]
         averaged = {name.removeprefix("unet."): value for name, value in checkpoint["state_dict"].items()}
         Weights(given, averaged).into(self.unet)
         self.ema.load(averaged)
         self.trained = True
-        if self._trainer is not None and self.trainer.training:
+        if training:
             checkpoint["state_dict"] = checkpoint["current_model_state"]

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from datamodules.faces import FacesDataModule
-from diffusion.clip import new_model, save_folder
+from diffusion.architecture import Architecture
+from diffusion.clip import OPENAI_PREPROCESSING, new_model, save_folder
 from diffusion.methods import SamplingConfig
 from diffusion.unet import UNet, UNetConfig
-from diffusion.weights import Architecture, Weights, save_weights
-from lightning_modules.clip import OPENAI_PREPROCESSING
+from diffusion.weights import Weights, save_weights
 from lightning_modules.ddpm import DDPMModule
 from lightning_modules.optim import OptimConfig
 

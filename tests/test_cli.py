@@ -1,15 +1,18 @@
 """The command line as a person uses it, on a model that takes no time."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from layouts import Pesser
 from PIL import Image
 
 from cli import main
 from diffusion.classifier import Classifier, save_classifier
+from diffusion.weights import load_weights
 
 ROOT = Path(__file__).parent.parent
 
@@ -170,7 +173,7 @@ def test_fit_logs_saves_and_resumes_and_predict_takes_what_it_saved(config: str,
     [
         (("--weights", "nowhere.safetensors"), "weights: there is no file nowhere.safetensors"),
         (("--ckpt_path", "last"), "ckpt_path: there is no file last"),
-        (("--clip", "nowhere"), "clip: 'nowhere' is neither a folder nor a pretrained model"),
+        (("--clip", "nowhere"), "clip: 'nowhere' is neither a folder, a file, nor a pretrained model"),
         (("--text", "man " * 40), "26 tokens too long"),
         (("--n_samples", "0"), "n_samples: 0 given"),
         (("--skip_steps", "101"), "skip_steps: 101 given"),
@@ -221,3 +224,37 @@ def test_test_judges_what_obeys(config: str, tmp_path: Path, capsys: pytest.Capt
         main(["test", "-c", config, *flags, *texts])
     with pytest.raises(SystemExit, match="the judge finds nothing to look for in 'a dog'"):
         main(["test", "-c", config, *flags, "--text", "a dog", "--overwrite", "true"])
+
+
+def test_convert_writes_what_weights_takes_and_diffusers_opens(
+    tmp_path: Path, config: str, capsys: pytest.CaptureFixture
+) -> None:
+    source, folder, file = tmp_path / "model.ckpt", tmp_path / "diffusers", tmp_path / "x.safetensors"
+    torch.save({"ema": {"shadow": Pesser(ch_mult=(1, 2), attn_resolutions=(16,)).make()}}, source)
+    main(["convert", str(source), str(folder), "--to", "diffusers", "--image_size", "16"])
+    main(["convert", str(folder), str(file)])
+    assert "1.0 M parameters for 16×16 pictures" in capsys.readouterr().out
+    direct, back = load_weights(source), load_weights(file)
+    assert back.architecture == replace(direct.architecture, image_size=16)
+    assert all(torch.equal(value, direct.state[name]) for name, value in back.state.items())
+    flags = ["predict", "-c", config, "--n_samples", "1", "--skip_steps", "2"]
+    for name, weights in (("a", folder), ("b", file)):
+        main([*flags, "--weights", str(weights), "--save_dir", str(tmp_path / name)])
+    a, b = (Image.open(tmp_path / name / "000000.png").tobytes() for name in ("a", "b"))
+    assert a == b
+    with pytest.raises(SystemExit, match=r"error: target: .*diffusers exists; another name would do"):
+        main(["convert", str(file), str(folder), "--to", "diffusers"])
+    with pytest.raises(SystemExit, match="error: weights: there is no file"):
+        main(["convert", str(tmp_path / "none.pt"), str(tmp_path / "y")])
+    with pytest.raises(SystemExit) as stopped:
+        main(["convert", "--help"])
+    assert stopped.value.code == 0
+    assert "cli.py convert" in capsys.readouterr().out
+
+
+def test_several_clips_are_named_on_the_command_line(tmp_path: Path, config: str, tiny_clip: Path) -> None:
+    clips = [str(tiny_clip)] * 2
+    flags = ["--text", "a man", "--n_samples", "1", "--unguided", "false", "--save_dir", str(tmp_path / "out")]
+    main(["predict", "-c", config, "--clip", *clips, "--clip_weights", "2", "1", *flags])
+    row = json.loads((tmp_path / "out/metadata.jsonl").read_text())
+    assert row["clip"] == f"2·{clips[0]} + 1·{clips[1]}"

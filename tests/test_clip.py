@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -5,12 +6,9 @@ import torch
 from conftest import TINY_CLIP
 from PIL import Image
 
-from diffusion.clip import Clip, preprocess
-from diffusion.guidance import GuidanceError
-from diffusion.losses import ClipSimilarity
-from diffusion.schedule import Schedule
+from diffusion.clip import OPENAI_PREPROCESSING, Clip, new_model, preprocess
+from diffusion.losses import ClipSimilarity, Ensemble
 from errors import InputError
-from lightning_modules.clip import OPENAI_PREPROCESSING
 from lightning_modules.degrade import degrade
 
 
@@ -50,15 +48,6 @@ def test_a_picture_scores_against_its_own_text(tiny_clip: Path) -> None:
     assert not any(p.requires_grad for p in clip.model.parameters())
 
 
-def test_a_flat_picture_is_an_error_that_says_where(tiny_clip: Path) -> None:
-    loss = ClipSimilarity(Clip.load(str(tiny_clip)), ["a man", "a man"])
-    image = torch.stack([torch.rand(3, 16, 16), torch.full((3, 16, 16), -0.99)])
-    with pytest.raises(GuidanceError, match="near-constant picture at t=7") as raised:
-        loss(image, Schedule.named("linear").step(7, 6))
-    assert raised.value.position == 1
-    assert loss(image).shape == (2,)  # a finished picture may be as it likes
-
-
 def test_texts_are_encoded_once(tiny_clip: Path) -> None:
     clip = Clip.load(str(tiny_clip))
     first = clip.encode_text(["a man"])
@@ -77,8 +66,16 @@ def test_a_text_that_does_not_fit_is_refused_with_the_excess(tiny_clip: Path) ->
 
 
 def test_a_clip_that_is_nowhere_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="neither a folder nor a pretrained model"):
+    with pytest.raises(InputError, match=r"'ViT-B-32/nothing' is neither a folder, .*ViT-B-32/ with one of openai, "):
         Clip.load("ViT-B-32/nothing")
+    with pytest.raises(InputError, match=r"'nobody' is neither a folder, .*; ViT-B-32/openai would do"):
+        Clip.load("nobody")
+    with pytest.raises(InputError, match="clip: ViT-B-32/openai can't be loaded"):
+        Clip.load("ViT-B-32/openai")  # there is no network
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": TINY_CLIP}))
+    with pytest.raises(InputError, match="can't be loaded"):
+        Clip.load(str(tmp_path))
+    (tmp_path / "open_clip_config.json").unlink()
     with pytest.raises(InputError, match=r"has no open_clip_config\.json"):
         Clip.load(str(tmp_path))
 
@@ -93,3 +90,69 @@ def test_degrading_leaves_some_pictures_and_spoils_others() -> None:
     strength = (degrade(image, max_noise=0.5, blur=False) - image).flatten(1).std(dim=1)
     assert strength.max() < 0.55
     assert strength.min() < 0.1
+
+
+def test_a_file_of_weights_loads_under_its_architecture(tiny_clip: Path, tmp_path: Path) -> None:
+    import open_clip
+
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY_CLIP))
+    open_clip.add_model_config(tmp_path / "tiny.json")
+    expected, text = Clip.load(str(tiny_clip)), ["a man"]
+    torch.save({"state_dict": expected.model.state_dict()}, tmp_path / "weights.pt")
+    clip = Clip.load(f"tiny/{tmp_path / 'weights.pt'}")
+    assert clip.hash == expected.hash
+    assert torch.equal(clip.encode_text(text), expected.encode_text(text))
+    assert clip.preprocess["size"] in (16, (16, 16))
+    with pytest.raises(InputError, match=r"does not say its architecture; ARCHITECTURE/FILE, such as ViT-B-32/"):
+        Clip.load(str(tmp_path / "weights.pt"))
+    torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "weights.pt")
+    with pytest.raises(InputError, match="can't be loaded"):
+        Clip.load(f"tiny/{tmp_path / 'weights.pt'}")
+
+
+def test_openais_own_file_knows_its_architecture(tmp_path: Path) -> None:
+    config = {
+        "embed_dim": 32,
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1},
+        "quick_gelu": True,
+    }
+    model = new_model(config).half().float().eval()  # OpenAI publishes half precision
+
+    class Archive(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, child in model.named_children():
+                self.add_module(name, child)
+            for name, parameter in model.named_parameters(recurse=False):
+                self.register_parameter(name, parameter)
+
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            return self.visual(image)
+
+    image = torch.rand(1, 3, 32, 32)
+    torch.jit.trace(Archive(), image).save(tmp_path / "ViT.pt")
+    clip = Clip.load(str(tmp_path / "ViT.pt"))
+    with torch.no_grad():
+        torch.testing.assert_close(clip.model.encode_image(image), model.encode_image(image))
+        tokens = clip.tokenizer(["a man"])
+        torch.testing.assert_close(clip.model.encode_text(tokens), model.encode_text(tokens))
+
+
+def test_a_tag_brings_the_activation_it_was_trained_with(monkeypatch: pytest.MonkeyPatch, tiny_clip: Path) -> None:
+    import open_clip
+
+    given, tiny = {}, Clip.load(str(tiny_clip)).model
+    monkeypatch.setattr(open_clip, "create_model", lambda name, **options: given.update(options) or tiny)
+    for name, quick_gelu in (("ViT-B-32/openai", True), ("ViT-B-32/laion2b_s34b_b79k", False)):
+        Clip.load(name)
+        assert given["force_quick_gelu"] == quick_gelu
+
+
+def test_an_ensemble_is_the_weighted_mean(tiny_clip: Path) -> None:
+    clip, image = Clip.load(str(tiny_clip)), torch.rand(2, 3, 16, 16) * 2 - 1
+    a, b = (ClipSimilarity(clip, [text] * 2) for text in ("a man", "a girl"))
+    both = Ensemble([a, b], [1.0, 3.0])
+    torch.testing.assert_close(both(image), 0.25 * a(image) + 0.75 * b(image))
+    expected = 0.25 * a.pixel_gradient(image) + 0.75 * b.pixel_gradient(image)
+    torch.testing.assert_close(both.pixel_gradient(image), expected)

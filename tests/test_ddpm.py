@@ -1,16 +1,21 @@
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
-from conftest import tiny_faces, tiny_module, tiny_trainer
+from conftest import TINY_CLIP, TINY_UNET, randomise, tiny_faces, tiny_module, tiny_trainer
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks.guided_samples import GuidedSamples
 from datamodules.prompts import PromptDataModule
+from diffusion.architecture import Architecture
+from diffusion.clip import OPENAI_PREPROCESSING, Clip, new_model, save_folder
 from diffusion.guidance import GuidanceError
+from diffusion.losses import ClipSimilarity
 from diffusion.methods import SamplingConfig
+from diffusion.unet import UNet
 from diffusion.weights import Weights, load_weights, save_weights
 from errors import InputError
 from lightning_modules.ddpm import DDPMModule
@@ -128,12 +133,56 @@ def test_a_damaged_file_is_refused(tmp_path: Path, tiny_weights: Path) -> None:
     (tmp_path / "cut.safetensors").write_bytes(tiny_weights.read_bytes()[:-100])
     with pytest.raises(InputError, match="is no safetensors file, or a damaged one"):
         load_weights(tmp_path / "cut.safetensors")
-    (tmp_path / "cut.ckpt").write_bytes(b"PK" + bytes(100))
-    with pytest.raises(InputError, match="can't be read as a checkpoint"):
-        load_weights(tmp_path / "cut.ckpt")
-    torch.save({"state_dict": {}}, tmp_path / "other.ckpt")
-    with pytest.raises(InputError, match="is no checkpoint of a DDPMModule"):
-        load_weights(tmp_path / "other.ckpt")
+
+
+def test_the_weights_that_train_can_be_had_from_a_checkpoint(
+    tmp_path: Path, tiny_clip: Path, tiny_weights: Path
+) -> None:
+    module = fitted(tmp_path, callbacks=(ModelCheckpoint(tmp_path, every_n_train_steps=12),))
+    file, raw = checkpoint_of(tmp_path), module.unet.conv_in.weight
+    assert torch.equal(load_weights(file, use_ema=False).state["conv_in.weight"], raw)
+    pictures = {}
+    for use_ema in (True, False):
+        data = PromptDataModule(n_samples=1)
+        by_weights = tiny_module(weights=file, use_ema=use_ema)
+        pictures[use_ema] = predictions(by_weights, data, tmp_path)
+        by_path = tiny_module(use_ema=use_ema)
+        batches = tiny_trainer(tmp_path).predict(by_path, data, ckpt_path=file)
+        assert torch.equal(batches[0]["image"], pictures[use_ema])
+    assert not torch.equal(pictures[True], pictures[False])
+
+
+def test_sampling_takes_what_the_weights_were_made_for(tmp_path: Path) -> None:
+    unet = replace(TINY_UNET, out_channels=6)
+    architecture = Architecture(unet, 16, "linear", 100, var_type="learned_range", clip_denoised=False)
+    save_weights(tmp_path / "x.safetensors", Weights(architecture, randomise(UNet(unet)).state_dict()))
+    module = tiny_module(weights=str(tmp_path / "x.safetensors"))
+    module.configure_model()
+    assert (module.var_type, module.clip_denoised) == ("learned_range", False)
+    module.sampling = SamplingConfig(var_type="fixed_large", clip_denoised=True)
+    assert (module.var_type, module.clip_denoised) == ("fixed_large", True)
+    assert tiny_module(unet=unet).var_type == "learned_range"
+
+
+def test_several_clips_guide_by_their_weighted_mean(tmp_path: Path, tiny_weights: Path, tiny_clip: Path) -> None:
+    torch.manual_seed(1)
+    save_folder(tmp_path / "other", new_model(TINY_CLIP), TINY_CLIP, {"size": 16, **OPENAI_PREPROCESSING})
+    names = [str(tiny_clip), str(tmp_path / "other")]
+    data = PromptDataModule(text=["a man"], guidance_weight=[300.0], n_samples=1, unguided=False)
+
+    def picture(**kwargs) -> dict:
+        return tiny_trainer(tmp_path).predict(tiny_module(weights=str(tiny_weights), **kwargs), data)[0]
+
+    first, both = picture(clip=names[0]), picture(clip=names, clip_weights=[3.0, 1.0])
+    assert not torch.equal(first["image"], both["image"])
+    torch.testing.assert_close(picture(clip=[names[0]] * 2)["image"], first["image"], atol=1e-3, rtol=0)
+    a, b = (Clip.load(name) for name in names)
+    cosines = [ClipSimilarity(clip, ["a man"])(both["image"]).item() for clip in (a, b)]
+    assert both["clip_similarity"][0] == pytest.approx(0.75 * cosines[0] + 0.25 * cosines[1], abs=1e-5)
+    assert both["provenance"]["clip"] == f"3·{names[0]} + 1·{names[1]}"
+    assert both["provenance"]["clip_hash"] == f"3·{a.hash} + 1·{b.hash}"
+    with pytest.raises(InputError, match=r"clip_weights: \[1.0\] given; a number above 0 for each clip would do"):
+        tiny_module(clip=names, clip_weights=[1.0])
 
 
 def test_a_stopped_fit_goes_on_from_where_it_was(tmp_path: Path) -> None:
@@ -252,7 +301,7 @@ def test_a_text_without_a_clip_is_refused(tmp_path: Path, tiny_weights: Path) ->
 
 def test_a_broken_guidance_names_the_request(tmp_path: Path, tiny_weights: Path, tiny_clip: Path) -> None:
     module = tiny_module(weights=str(tiny_weights), clip=str(tiny_clip))
-    module.clip.model.visual.proj.data.zero_()
+    module.clips[0].model.visual.proj.data.zero_()
     with pytest.raises(GuidanceError, match=r"at t=.* in request .*'text': 'a man'.*'seed': 4"):
         tiny_trainer(tmp_path).predict(module, PromptDataModule(text=["a man"], seed=4, n_samples=1))
 
@@ -272,5 +321,5 @@ def test_default_weights_serve_predict_and_not_fit(tmp_path: Path, tiny_weights:
 def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
     fitted(tmp_path, callbacks=(ModelCheckpoint(tmp_path, every_n_train_steps=12),))
     other = tiny_module(num_timesteps=50)
-    with pytest.raises(InputError, match="the checkpoint is of"):
+    with pytest.raises(InputError, match="the checkpoint has num_timesteps 100, not 50"):
         tiny_trainer(tmp_path, max_steps=20).fit(other, tiny_faces(), ckpt_path=checkpoint_of(tmp_path))

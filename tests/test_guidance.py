@@ -14,6 +14,7 @@ from diffusion.guidance import (
     GradientGuidance,
     GuidanceError,
     GuidedDenoiser,
+    RefuseFlat,
     grad_clean,
     grad_denoised,
     grad_noisy,
@@ -191,3 +192,13 @@ def test_a_guidance_that_does_nothing_is_an_error_that_says_where(loss, reason: 
     assert raised.value.position == 1
     # an image that asked for no guidance may have any gradient
     GuidedDenoiser(ideal, [GradientGuidance(loss, torch.tensor([1.0, 0.0]), grad_denoised, shift_mean)])(x, step)
+
+
+def test_a_flat_picture_is_an_error_that_says_where() -> None:
+    step, x = SCHEDULE.step(7, 6), torch.randn(2, 3, 8, 8)
+    x0 = torch.stack([torch.rand(3, 8, 8), torch.full((3, 8, 8), -0.99)])
+    pred = Prediction(x0, x, torch.tensor(0.1))
+    with pytest.raises(GuidanceError, match="near-constant picture at t=7") as raised:
+        RefuseFlat(torch.ones(2))(pred, x, step)
+    assert raised.value.position == 1
+    assert RefuseFlat(torch.tensor([1.0, 0.0]))(pred, x, step) is pred

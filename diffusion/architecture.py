@@ -1,0 +1,60 @@
+"""What must be known of a diffusion model, beside its parameters, to use it."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from diffusion.denoiser import Parametrisation, VarType
+from diffusion.schedule import Betas, ScheduleName
+from diffusion.unet import UNetConfig
+from errors import InputError
+
+
+def default_var_type(unet: UNetConfig) -> VarType:
+    """The learned variance where there is one, else the small one."""
+    return "learned_range" if unet.learns_variance else "fixed_small"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What must be known of a diffusion model to use its weights.
+
+    Args:
+        unet: the network's size.
+        image_size: height and width of the pictures it makes.
+        schedule: ᾱ_t by name.
+        num_timesteps: T, the number of noise levels.
+        betas: the first and the last β of the schedule, where it has no own.
+        parametrisation: what the network puts out.
+        var_type: the variance that it is sampled with, unless told otherwise.
+        clip_denoised: whether x̂0 is clamped to [-1, 1] at every step, unless told otherwise.
+    """
+
+    unet: UNetConfig = field(default_factory=UNetConfig)
+    image_size: int = 256
+    schedule: ScheduleName = "linear"
+    num_timesteps: int = 1000
+    betas: Betas = (1e-4, 0.02)
+    parametrisation: Parametrisation = "eps"
+    var_type: VarType = "fixed_small"
+    clip_denoised: bool = True
+
+    def __post_init__(self) -> None:
+        stride = self.unet.stride
+        if self.image_size % stride:
+            raise InputError(f"image_size: {self.image_size} given; a multiple of {stride} would do for this U-Net")
+
+    def to_dict(self) -> dict[str, Any]:
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Architecture":
+        values, unet = (
+            {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()} for d in (values, values["unet"])
+        )
+        return cls(**{**values, "unet": UNetConfig(**unet)})
+
+    def difference(self, other: "Architecture") -> str:
+        """The first thing that ``other`` has another value of, or nothing."""
+        ours, theirs = ({**d, **d["unet"], "unet": None} for d in (self.to_dict(), other.to_dict()))
+        return next((f"{k} {ours[k]}, not {theirs[k]}" for k in ours if ours[k] != theirs[k]), "")

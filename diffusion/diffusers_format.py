@@ -1,0 +1,168 @@
+"""The JSON of a diffusers folder: a ``UNet2DModel``'s config and a ``DDPMScheduler``'s, to and from ours."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusion.architecture import Architecture, default_var_type
+from diffusion.unet import UNetConfig
+from errors import InputError
+
+VERSION = "0.35.0"  # of diffusers, whose names these are
+
+# theirs of the scheduler, by ours
+BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
+PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
+VAR_TYPES = ("fixed_small", "fixed_large", "learned_range")
+
+# What a UNet2DModel must have, for ours has nothing else; a config that does not name a setting has this value of it.
+ONLY = {
+    "center_input_sample": (False,),
+    "time_embedding_type": ("positional",),
+    "time_embedding_dim": (None,),
+    "mid_block_type": ("UNetMidBlock2D",),
+    "mid_block_scale_factor": (1,),
+    "act_fn": ("silu", "swish"),
+    "add_attention": (True,),
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+}
+WITH_ATTENTION, WITHOUT = ("AttnDownBlock2D",), ("DownBlock2D", "ResnetDownsampleBlock2D")
+
+
+def architecture_of(unet: Mapping[str, Any], scheduler: Mapping[str, Any]) -> Architecture:
+    """Ours out of ``config.json`` and ``scheduler_config.json``; what they don't name has diffusers' default.
+
+    Raises:
+        InputError: where they have what ours lacks, or lack what ours needs.
+    """
+    for setting, value in (("trained_betas", None), ("rescale_betas_zero_snr", False), ("thresholding", False)):
+        if scheduler.get(setting) not in (value, None):
+            raise InputError(f"weights: {setting} is {scheduler[setting]!r} in scheduler_config.json; {value} would do")
+    if scheduler.get("clip_sample", True) and scheduler.get("clip_sample_range", 1) != 1:
+        given = scheduler["clip_sample_range"]
+        raise InputError(f"weights: clip_sample_range is {given} in scheduler_config.json; 1 would do")
+
+    def ours(setting: str, names: Mapping[str, Any], default: str) -> Any:
+        value = scheduler.get(setting) or default
+        if value not in names:
+            known = ", ".join(names)
+            raise InputError(f"weights: {setting} is {value!r} in scheduler_config.json; one of {known} would do")
+        return names[value]
+
+    network = unet_from_config(unet)
+    own = {name: name for name in VAR_TYPES}
+    return Architecture(
+        network,
+        image_size=unet.get("sample_size") or Architecture.image_size,
+        schedule=ours("beta_schedule", {theirs: name for name, theirs in BETA_SCHEDULES.items()}, "linear"),
+        num_timesteps=scheduler.get("num_train_timesteps", 1000),
+        betas=(scheduler.get("beta_start", 1e-4), scheduler.get("beta_end", 0.02)),
+        parametrisation=ours("prediction_type", {theirs: name for name, theirs in PREDICTION_TYPES.items()}, "epsilon"),
+        var_type=ours("variance_type", {**own, "fixed_small_log": "fixed_small"}, default_var_type(network)),
+        clip_denoised=scheduler.get("clip_sample", True),
+    )
+
+
+def configs_of(architecture: Architecture) -> dict[str, dict[str, Any]]:
+    """The JSON of a folder that ``DDPMPipeline.from_pretrained`` opens, by file.
+
+    Raises:
+        InputError: where diffusers has no such network.
+    """
+    pipeline = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDPMScheduler"]}
+    scheduler = {
+        "_class_name": "DDPMScheduler",
+        "_diffusers_version": VERSION,
+        "num_train_timesteps": architecture.num_timesteps,
+        "beta_schedule": BETA_SCHEDULES[architecture.schedule],
+        "beta_start": architecture.betas[0],
+        "beta_end": architecture.betas[1],
+        "prediction_type": PREDICTION_TYPES[architecture.parametrisation],
+        "variance_type": architecture.var_type,
+        "clip_sample": architecture.clip_denoised,
+    }
+    return {
+        "model_index.json": {"_class_name": "DDPMPipeline", "_diffusers_version": VERSION, **pipeline},
+        "unet/config.json": unet_to_config(architecture.unet, architecture.image_size),
+        "scheduler/scheduler_config.json": scheduler,
+    }
+
+
+def unet_from_config(config: Mapping[str, Any]) -> UNetConfig:
+    """Ours out of the ``config.json`` of a ``UNet2DModel``.
+
+    Raises:
+        InputError: where it has what ours lacks, or lacks what ours needs.
+    """
+    for name, values in ONLY.items():
+        if config.get(name, values[0]) not in values:
+            raise InputError(f"weights: {name} is {config[name]!r} in config.json; {values[0]!r} would do")
+    try:
+        kinds = config["down_block_types"]
+        channels, in_channels = tuple(config["block_out_channels"]), config["in_channels"]
+    except KeyError as error:
+        raise InputError(f"weights: config.json has no {error.args[0]}; that of a UNet2DModel would do") from error
+    for kind in kinds:
+        if kind not in WITH_ATTENTION + WITHOUT:
+            known = ", ".join(WITH_ATTENTION + WITHOUT)
+            raise InputError(f"weights: down_block_types has {kind} in config.json; {known} would do")
+    out_channels = config.get("out_channels", in_channels)
+    return UNetConfig(
+        image_channels=in_channels,
+        out_channels=None if out_channels == in_channels else out_channels,
+        channels=channels,
+        num_res_blocks=config.get("layers_per_block", 2),
+        attention_levels=tuple(level for level, kind in enumerate(kinds) if kind in WITH_ATTENTION),
+        dropout=config.get("dropout", 0.0),
+        norm_groups=config.get("norm_num_groups", 32),
+        norm_eps=config.get("norm_eps", 1e-5),
+        head_channels=config.get("attention_head_dim", 8),
+        scale_shift_norm=config.get("resnet_time_scale_shift", "default") == "scale_shift",
+        resblock_updown=config.get("downsample_type", "conv") == "resnet",
+        downsample_padding=config.get("downsample_padding", 1),
+        freq_shift=config.get("freq_shift", 0),
+    )
+
+
+def unet_to_config(config: UNetConfig, image_size: int) -> dict[str, Any]:
+    """The ``config.json`` of a ``UNet2DModel`` with our network's numbers.
+
+    Raises:
+        InputError: where diffusers has no such network.
+    """
+    if config.patch != 1:
+        raise InputError(f"to: diffusers has no network of patch {config.patch}; safetensors would do")
+    without = "Resnet{}sampleBlock2D" if config.resblock_updown else "{}Block2D"
+    with_attention = [level in config.attention_levels for level in range(len(config.channels))]
+    resample = "resnet" if config.resblock_updown else "conv"
+
+    def kinds(way: str, attended: list[bool]) -> list[str]:
+        return [f"Attn{way}Block2D" if attention else without.format(way) for attention in attended]
+
+    return {
+        "_class_name": "UNet2DModel",
+        "_diffusers_version": VERSION,
+        "sample_size": image_size,
+        "in_channels": config.image_channels,
+        "out_channels": config.out_channels or config.image_channels,
+        "center_input_sample": False,
+        "time_embedding_type": "positional",
+        "freq_shift": config.freq_shift,
+        "flip_sin_to_cos": False,
+        "down_block_types": kinds("Down", with_attention),
+        "up_block_types": kinds("Up", with_attention[::-1]),
+        "block_out_channels": list(config.channels),
+        "layers_per_block": config.num_res_blocks,
+        "mid_block_scale_factor": 1,
+        "downsample_padding": config.downsample_padding,
+        "downsample_type": resample,
+        "upsample_type": resample,
+        "dropout": config.dropout,
+        "act_fn": "silu",
+        "attention_head_dim": config.head_channels,
+        "norm_num_groups": config.norm_groups,
+        "attn_norm_num_groups": config.norm_groups,
+        "norm_eps": config.norm_eps,
+        "resnet_time_scale_shift": "scale_shift" if config.scale_shift_norm else "default",
+        "add_attention": True,
+    }
