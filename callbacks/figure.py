@@ -24,12 +24,12 @@ def figure(pictures: dict[Cell, Image.Image], cell_size: int | None = None) -> I
 
     Args:
         pictures: what goes where; a place that nothing is known of stays white.
-        cell_size: pixels of a picture's side; by default at least 96, a multiple of the picture's own.
+        cell_size: pixels of a picture's side; by default a multiple of the picture's own, and 160 at least.
     """
     if not pictures:
         raise ValueError("a figure needs a picture")
     size = max(picture.width for picture in pictures.values())
-    cell_size = cell_size or size * max(1, -(-96 // size))
+    cell_size = cell_size or size * max(1, -(-160 // size))
     seeds = list(dict.fromkeys(cell.seed for cell in pictures))
     columns = list(dict.fromkeys((cell.text, cell.guidance_weight) for cell in pictures))
     texts = list(dict.fromkeys(text for text, _ in columns))
@@ -68,9 +68,7 @@ def figure(pictures: dict[Cell, Image.Image], cell_size: int | None = None) -> I
         if picture is None:
             draw.rectangle((left, upper, left + cell_size - 1, upper + cell_size - 1), "white")
         else:
-            sharp = cell_size % picture.width == 0
-            method = Image.Resampling.NEAREST if sharp else Image.Resampling.LANCZOS
-            canvas.paste(picture.resize((cell_size, cell_size), method), (left, upper))
+            canvas.paste(picture.resize((cell_size, cell_size), Image.Resampling.LANCZOS), (left, upper))
     return canvas
 
 

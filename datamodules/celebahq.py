@@ -34,7 +34,7 @@ class CelebAHQDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        path: str,
+        path: str | None = None,
         size: int = 256,
         batch_size: int = 16,
         num_workers: int = 0,
@@ -67,6 +67,8 @@ class CelebAHQDataModule(L.LightningDataModule):
         from datasets import Image as ImageFeature
         from datasets import load_dataset
 
+        if self.path is None:
+            raise InputError("data.path: none given; a folder of pictures, a parquet file or a data set would do")
         path = Path(self.path)
         if path.is_dir():
             files = sorted(str(f) for f in path.rglob("*") if f.suffix.lower() in Image.registered_extensions())

@@ -11,8 +11,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffusion.architecture import Architecture, default_var_type
+from diffusion.bound import variational_bound
 from diffusion.clip import Clip
-from diffusion.denoiser import NetworkDenoiser, Parametrisation, VarType, training_target
+from diffusion.denoiser import NetworkDenoiser, Parametrisation, VarType, to_x0, training_target
 from diffusion.guidance import Clamp, GuidanceError, GuidedDenoiser, RefuseFlat
 from diffusion.losses import ClipSimilarity, Ensemble
 from diffusion.methods import METHODS, SamplingConfig
@@ -113,11 +114,20 @@ class DDPMModule(L.LightningModule):
     # training
 
     def loss(self, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        """L_simple (Ho et al. 2020, eq. 14) in the network's own parametrisation, averaged over the batch."""
+        """L_simple (Ho et al. 2020, eq. 14) in the network's own parametrisation, averaged over the batch.
+
+        A network that learns its variance has 0.001·L_vlb added (Nichol & Dhariwal 2021, eq. 16).
+        """
+        architecture = self.architecture
         alpha_bar = self.schedule.alpha_bar.to(torch.float32).to(x0.device)[t][:, None, None, None]
         x = alpha_bar.sqrt() * x0 + (1 - alpha_bar).sqrt() * eps
-        output = self.unet(x, t)[:, : x0.shape[1]]
-        return F.mse_loss(output.float(), training_target(x0, eps, alpha_bar, self.architecture.parametrisation))
+        output, *share = self.unet(x, t).float().split(x0.shape[1], dim=1)
+        loss = F.mse_loss(output, training_target(x0, eps, alpha_bar, architecture.parametrisation))
+        if architecture.var_type == "learned_range":
+            predicted = to_x0(output, x, alpha_bar, architecture.parametrisation)
+            bound = variational_bound(x0, x, predicted, *share, t, self.schedule)
+            loss = loss + 0.001 * len(self.schedule) * bound.mean()
+        return loss
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         x0 = batch["image"]

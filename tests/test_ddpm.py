@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from callbacks.guided_samples import GuidedSamples
 from datamodules.prompts import PromptDataModule
 from diffusion.architecture import Architecture
+from diffusion.bound import variational_bound
 from diffusion.clip import OPENAI_PREPROCESSING, Clip, new_model, save_folder
 from diffusion.guidance import GuidanceError
 from diffusion.losses import ClipSimilarity
@@ -58,6 +59,18 @@ def test_the_loss_is_the_mean_squared_error_in_the_networks_own_terms() -> None:
         a = module.schedule.alpha_bar[t].float()[:, None, None, None]
         target = {"eps": eps, "x0": x0, "v": a.sqrt() * eps - (1 - a).sqrt() * x0}[parametrisation]
         torch.testing.assert_close(module.loss(x0, t, eps), target.square().mean())
+
+
+def test_a_network_that_learns_its_variance_trains_it_by_the_bound() -> None:
+    module = tiny_module(unet=replace(TINY_UNET, out_channels=6), parametrisation="eps", schedule="linear")
+    module.configure_model()
+    randomise(module.unet)
+    x0, eps, t = torch.rand(2, 3, 16, 16) * 2 - 1, torch.randn(2, 3, 16, 16), torch.tensor([10, 90])
+    a = module.schedule.alpha_bar[t].float()[:, None, None, None]
+    x = a.sqrt() * x0 + (1 - a).sqrt() * eps
+    output, share = module.unet(x, t).chunk(2, dim=1)
+    bound = variational_bound(x0, x, (x - (1 - a).sqrt() * output) / a.sqrt(), share, t, module.schedule)
+    torch.testing.assert_close(module.loss(x0, t, eps), (output - eps).square().mean() + 0.1 * bound.mean())
 
 
 def test_validation_is_the_same_every_time(tmp_path: Path) -> None:

@@ -10,25 +10,25 @@ def test_rows_share_a_seed_and_columns_a_text_and_weight() -> None:
         for column, (text, weight) in enumerate([("", 0.0), ("a man", 10.0), ("a girl", 10.0), ("a man", 50.0)]):
             colours[Cell(seed, text, weight)] = (60 * column, 120 * row, 200)
     sheet = figure({cell: Image.new("RGB", (32, 32), colour) for cell, colour in colours.items()})
-    pitch = 96 + GAP
+    pitch = 160 + GAP
     assert sheet.width == 4 * pitch + GAP
     top = sheet.height - 2 * pitch - GAP
-    shown = [[sheet.getpixel((GAP + 48 + pitch * c, top + GAP + 48 + pitch * r)) for c in range(4)] for r in (0, 1)]
+    shown = [[sheet.getpixel((GAP + 80 + pitch * c, top + GAP + 80 + pitch * r)) for c in range(4)] for r in (0, 1)]
     columns = [("", 0.0), ("a man", 10.0), ("a man", 50.0), ("a girl", 10.0)]
     assert shown == [[colours[Cell(seed, *column)] for column in columns] for seed in (4, 5)]
     assert any(sheet.getpixel((x, y)) != (255, 255, 255) for x in range(sheet.width) for y in range(top - 1))
 
 
 def test_a_place_with_no_picture_stays_white() -> None:
-    black = Image.new("RGB", (96, 96))
+    black = Image.new("RGB", (160, 160))
     sheet = figure({Cell(1, "a", 1.0): black, Cell(2, "a", 2.0): black})
-    assert sheet.getpixel((sheet.width - 50, sheet.height - 150)) == (255, 255, 255)
+    assert sheet.getpixel((sheet.width - 80, sheet.height - 240)) == (255, 255, 255)
 
 
 def test_a_long_text_is_broken_to_fit() -> None:
     text = "an old man with grey hair and glasses and a smile in front of a very long wall"
-    tall = figure({Cell(0, text, 1.0): Image.new("RGB", (96, 96))})
-    low = figure({Cell(0, "a man", 1.0): Image.new("RGB", (96, 96))})
+    tall = figure({Cell(0, text, 1.0): Image.new("RGB", (160, 160))})
+    low = figure({Cell(0, "a man", 1.0): Image.new("RGB", (160, 160))})
     assert tall.width == low.width
     assert tall.height > low.height
 
@@ -40,8 +40,8 @@ def test_a_figure_needs_a_picture() -> None:
 
 def test_a_single_column_is_folded_into_a_square() -> None:
     colours = [(20 * seed, 100, 50) for seed in range(7)]
-    sheet = figure({Cell(seed, "", 0.0): Image.new("RGB", (96, 96), colour) for seed, colour in enumerate(colours)})
-    pitch, top = 96 + GAP, sheet.height - 3 * (96 + GAP) - GAP
+    sheet = figure({Cell(seed, "", 0.0): Image.new("RGB", (160, 160), colour) for seed, colour in enumerate(colours)})
+    pitch, top = 160 + GAP, sheet.height - 3 * (160 + GAP) - GAP
     assert sheet.width == 3 * pitch + GAP
     shown = [sheet.getpixel((50 + pitch * (i % 3), top + 50 + pitch * (i // 3))) for i in range(9)]
     assert shown == [*colours, (255, 255, 255), (255, 255, 255)]
