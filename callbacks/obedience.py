@@ -33,9 +33,7 @@ class Obedience(L.Callback):
     def check(self, texts: list[str]) -> None:
         """Raise where the judge knows nothing of a text."""
         for text in texts:
-            if not self.judge.named(text):
-                known = ", ".join(self.judge.vocabulary)
-                raise InputError(f"text: the judge finds nothing to look for in {text!r}; it knows of {known}")
+            self.judge.check(text, "judge")
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.judge.to(pl_module.device)

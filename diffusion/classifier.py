@@ -4,10 +4,12 @@ import json
 import re
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from diffusion.noise_level import LevelledConv
 from diffusion.weights import read_safetensors, whole
 from errors import InputError
 
@@ -21,11 +23,12 @@ class Classifier(nn.Module):
     Args:
         vocabulary: ``{attribute: {value: [words that name it]}}``; the order of the values is that of the labels.
         width: channels of the first stage; each of four stages halves the size and widens.
+        noise_aware: whether it looks at x_t and is told ᾱ_t.
     """
 
-    def __init__(self, vocabulary: Vocabulary, width: int = 32) -> None:
+    def __init__(self, vocabulary: Vocabulary, width: int = 32, noise_aware: bool = False) -> None:
         super().__init__()
-        self.vocabulary, self.width = vocabulary, width
+        self.vocabulary, self.width, self.noise_aware = vocabulary, width, noise_aware
         layers: list[nn.Module] = []
         c = 3
         for stage in range(4):
@@ -33,17 +36,21 @@ class Classifier(nn.Module):
             layers += [nn.Conv2d(c, wide, 3, stride=2, padding=1), nn.GroupNorm(8, wide), nn.SiLU()]
             layers += [nn.Conv2d(wide, wide, 3, padding=1), nn.GroupNorm(8, wide), nn.SiLU()]
             c = wide
+        if noise_aware:
+            layers[0] = LevelledConv(layers[0])
         self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Dropout(0.2))
         self.heads = nn.ModuleDict({name: nn.Linear(c * 16, len(values)) for name, values in vocabulary.items()})
 
-    def forward(self, image: Tensor) -> dict[str, Tensor]:
-        """(B, 3, H, W) in [-1, 1] -> logits (B, values) of each attribute."""
+    def forward(self, image: Tensor, alpha_bar: Tensor | float = 1.0) -> dict[str, Tensor]:
+        """(B, 3, H, W) in [-1, 1], or x_t of ``alpha_bar`` if noise-aware -> logits (B, values) of each attribute."""
+        if self.noise_aware:
+            self.body[0].alpha_bar = torch.as_tensor(alpha_bar, device=image.device).expand(len(image))
         features = self.body(image)
         return {name: head(features) for name, head in self.heads.items()}
 
-    def loss(self, image: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, image: Tensor, labels: Tensor, alpha_bar: Tensor | float = 1.0) -> Tensor:
         """Cross-entropy averaged over the attributes; ``labels`` is (B, attributes)."""
-        logits = self(image)
+        logits = self(image, alpha_bar)
         losses = [F.cross_entropy(logits[name], labels[:, i]) for i, name in enumerate(self.vocabulary)]
         return sum(losses) / len(losses)
 
@@ -61,24 +68,30 @@ class Classifier(nn.Module):
                 found[attribute] = max(hits)[1]  # the longest: "no glasses" before "glasses"
         return found
 
+    def check(self, text: str, role: str) -> None:
+        """Raise :class:`InputError` where it knows nothing of a text."""
+        if not self.named(text):
+            known = ", ".join(self.vocabulary)
+            raise InputError(f"text: the {role} finds nothing to look for in {text!r}; it knows of {known}")
+
 
 def save_classifier(path: Path, classifier: Classifier) -> None:
     """Write safetensors in half precision, whole or not at all."""
-    header = {"vocabulary": classifier.vocabulary, "width": classifier.width}
+    header = {name: getattr(classifier, name) for name in ("vocabulary", "width", "noise_aware")}
     state = {name: value.half().contiguous().cpu() for name, value in classifier.state_dict().items()}
     with whole(path) as aside:
         save_file(state, aside, {"format": FORMAT, "classifier": json.dumps(header)})
 
 
-def load_classifier(path: Path) -> Classifier:
+def load_classifier(path: Path, role: str = "judge") -> Classifier:
     """Read a classifier, frozen and in evaluation mode.
 
     Raises:
         InputError: where the file is missing or is none.
     """
-    metadata, state = read_safetensors(path, "judge")
+    metadata, state = read_safetensors(path, role)
     if metadata.get("format") != FORMAT:
-        raise InputError(f"judge: {path} is no classifier; one that configs/faces_judge.yaml makes would do")
+        raise InputError(f"{role}: {path} is no classifier; one that configs/faces_judge.yaml makes would do")
     classifier = Classifier(**json.loads(metadata["classifier"]))
     classifier.load_state_dict(state)
     return classifier.eval().requires_grad_(False)

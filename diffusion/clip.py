@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffusion.weights import state_hash, whole
+from diffusion.noise_level import LevelledConv
+from diffusion.weights import read_safetensors, state_hash, whole
 from errors import InputError, first_line
 
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
+LEVEL_FILE = "noise_level.safetensors"  # what makes it noise-aware
 OPENAI_PREPROCESSING = {
     "mode": "RGB",
     "mean": [0.48145466, 0.4578275, 0.40821073],
@@ -34,11 +36,20 @@ class Clip:
         tokenizer: its own; ``tokenizer(text)`` cuts in silence, so lengths are checked before.
         preprocess: ``size``, ``mean``, ``std`` and ``interpolation``, as open_clip names them.
         name: what it was loaded from, for the record.
+        config: open_clip's ``model_cfg``, for one that is to be trained on.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, preprocess: dict[str, Any], name: str = "") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        preprocess: dict[str, Any],
+        name: str = "",
+        config: dict[str, Any] | None = None,
+    ) -> None:
         self.model = model.float().eval().requires_grad_(False)
-        self.tokenizer, self.preprocess, self.name = tokenizer, preprocess, name
+        self.tokenizer, self.preprocess, self.name, self.config = tokenizer, preprocess, name, config
+        self.noise_aware = isinstance(getattr(self.model.visual, "conv1", None), LevelledConv)
         self.context_length: int = tokenizer.context_length
         self._texts: dict[str, Tensor] = {}
 
@@ -84,7 +95,11 @@ class Clip:
                     + (f"{architecture}/ with one of {tags} would do" if tags else "ViT-B-32/openai would do")
                 )
             model = open_clip.create_model(source, require_pretrained=True, **options)
-            return cls(model, open_clip.get_tokenizer(source), dict(model.visual.preprocess_cfg), name)
+            if (folder / LEVEL_FILE).is_file():
+                state = read_safetensors(folder / LEVEL_FILE, "clip")[1]
+                make_noise_aware(model).load_state_dict(state, strict=False)
+            config = open_clip.get_model_config(source)
+            return cls(model, open_clip.get_tokenizer(source), dict(model.visual.preprocess_cfg), name, config)
         except ImportError as error:
             raise InputError(f"clip: {name} needs a package that is not installed ({first_line(error)})") from error
         except (RuntimeError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
@@ -129,8 +144,13 @@ class Clip:
                 f"text: {text!r} is {over} tokens too long for this CLIP, which reads {self.context_length}"
             )
 
-    def encode_image(self, image: Tensor) -> Tensor:
-        """(B, C, H, W) in [-1, 1] -> (B, D), of unit length, differentiable, in float32."""
+    def encode_image(self, image: Tensor, alpha_bar: float = 1.0) -> Tensor:
+        """(B, C, H, W) in [-1, 1] -> (B, D), of unit length, differentiable, in float32.
+
+        A noise-aware model takes x_t, and ``alpha_bar`` of its t.
+        """
+        if self.noise_aware:
+            self.model.visual.conv1.alpha_bar = image.new_full((len(image),), alpha_bar)
         return self.encode_pixels(preprocess(image.float(), self.preprocess))
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
@@ -171,6 +191,12 @@ def new_model(model_cfg: dict[str, Any]) -> nn.Module:
     return CLIP(**model_cfg)
 
 
+def make_noise_aware(model: nn.Module) -> nn.Module:
+    """Tell the image tower's first convolution the noise level, and return it (a ResNet's or a ViT's)."""
+    model.visual.conv1 = LevelledConv(model.visual.conv1)
+    return model.visual.conv1
+
+
 def new_tokenizer(context_length: int) -> Any:
     """CLIP's own byte-pair encoder."""
     from open_clip import SimpleTokenizer
@@ -179,13 +205,24 @@ def new_tokenizer(context_length: int) -> Any:
 
 
 def save_folder(folder: Path, model: nn.Module, model_cfg: dict[str, Any], preprocess_cfg: dict[str, Any]) -> None:
-    """Write an open_clip folder, weights in half precision, that open_clip loads with ``local-dir:``."""
+    """Write an open_clip folder, weights in half precision, that open_clip loads with ``local-dir:``.
+
+    What a noise-aware model has beyond open_clip's goes to a file of its own.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
     half = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
-    with whole(folder / WEIGHTS_FILE) as aside:
-        save_file({k: v.contiguous().cpu() for k, v in half.items()}, aside)
+    inner, outer = "visual.conv1.conv.", "visual.conv1."
+    noise_aware = isinstance(model.visual.conv1, LevelledConv)
+    level = {k: v for k, v in half.items() if noise_aware and k.startswith(outer) and not k.startswith(inner)}
+    plain = {k.replace(inner, outer): v for k, v in half.items() if k not in level}
+    files = {WEIGHTS_FILE: plain} | (
+        {LEVEL_FILE: {k.removeprefix(outer): v for k, v in level.items()}} if level else {}
+    )
+    for name, state in files.items():
+        with whole(folder / name) as aside:
+            save_file({k: v.contiguous().cpu() for k, v in state.items()}, aside)
 
 
 def contrastive_loss(rank: int = 0, world_size: int = 1) -> nn.Module:

@@ -8,6 +8,7 @@ shift         x0 gains              eps gains        equals
 ============  ====================  ===============  =====================================================
 shift_mean    s·σ_t²·g / √ᾱ_s       0                μ + s·σ_t²·g: CLIP guidance; Dhariwal & Nichol, Alg. 1
 shift_eps     s·(1−ᾱ_t)/√ᾱ_t·g      −s·√(1−ᾱ_t)·g    score addition; Dhariwal & Nichol 2021, Alg. 2
+shift_sample  s·g / √ᾱ_s            0                x_s + s·g: DPS, FreeDoM, Polyak steps
 shift_x0      s·g                   0                MPGD (He et al. 2023)
 ============  ====================  ===============  =====================================================
 
@@ -44,9 +45,9 @@ class PixelLoss(Loss, Protocol):
 
 
 class Guidance(Protocol):
-    """A change of a prediction at x_t. ``needs_graph`` says that it differentiates through the network."""
+    """A change of a prediction at x_t. ``needs_graph`` says whether it differentiates through the network there."""
 
-    needs_graph: bool
+    def needs_graph(self, step: Step) -> bool: ...
 
     def __call__(self, pred: Prediction, x: Tensor, step: Step) -> Prediction: ...
 
@@ -71,7 +72,7 @@ class GuidedDenoiser:
         self.denoise, self.guidances = denoise, tuple(guidances)
 
     def __call__(self, x: Tensor, step: Step) -> Prediction:
-        needs_graph = any(guidance.needs_graph for guidance in self.guidances)
+        needs_graph = any(guidance.needs_graph(step) for guidance in self.guidances)
         x = x.detach().requires_grad_(needs_graph)
         with torch.set_grad_enabled(needs_graph):
             pred = self.denoise(x, step)
@@ -86,7 +87,8 @@ class Clamp:
     What it saturates has no gradient further down the list.
     """
 
-    needs_graph = False
+    def needs_graph(self, step: Step) -> bool:
+        return False
 
     def __call__(self, pred: Prediction, x: Tensor, step: Step) -> Prediction:
         x0 = pred.x0.clamp(-1, 1)
@@ -103,10 +105,11 @@ class RefuseFlat:
         GuidanceError: when called on one.
     """
 
-    needs_graph = False
-
     def __init__(self, weight: Tensor) -> None:
         self.guided = weight != 0
+
+    def needs_graph(self, step: Step) -> bool:
+        return False
 
     def __call__(self, pred: Prediction, x: Tensor, step: Step) -> Prediction:
         flat = self.guided & (pred.x0.detach().flatten(1).std(dim=1) < FLAT)
@@ -133,6 +136,12 @@ def grad_clean(loss: Loss, pred: Prediction, x: Tensor, step: Step) -> Tensor:
 def grad_denoised(loss: Loss, pred: Prediction, x: Tensor, step: Step) -> Tensor:
     """∇_{x_t} L(x̂0(x_t)), through the network."""
     return torch.autograd.grad(loss(pred.x0, step).sum(), x, retain_graph=True)[0]
+
+
+def grad_blended(loss: Loss, pred: Prediction, x: Tensor, step: Step) -> Tensor:
+    """∇_{x_t} L(√(1−ᾱ_t)·x̂0 + (1 − √(1−ᾱ_t))·x_t), through the network (Crowson's clip-guided diffusion)."""
+    share = (1 - step.alpha_bar_t) ** 0.5
+    return torch.autograd.grad(loss(share * pred.x0 + (1 - share) * x, step).sum(), x, retain_graph=True)[0]
 
 
 def grad_pixels(loss: PixelLoss, pred: Prediction, x: Tensor, step: Step) -> Tensor:
@@ -167,9 +176,24 @@ def shift_eps(pred: Prediction, direction: Tensor, step: Step) -> Prediction:
     )
 
 
+def shift_sample(pred: Prediction, direction: Tensor, step: Step) -> Prediction:
+    """Move x_s by the direction."""
+    return pred._replace(x0=pred.x0 + direction / step.alpha_bar_s**0.5)
+
+
 def shift_x0(pred: Prediction, direction: Tensor, step: Step) -> Prediction:
     """Move the predicted picture by the direction."""
     return pred._replace(x0=pred.x0 + direction)
+
+
+# how strong, beside the weight: (g, pred, step) -> a factor, (B, 1, 1, 1) or a number
+
+Scale = Callable[[Tensor, Prediction, Step], Tensor | float]
+
+
+def rms(image: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, 1, 1, 1)."""
+    return image.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()
 
 
 @dataclass(frozen=True)
@@ -181,6 +205,9 @@ class GradientGuidance:
         weight: (B,) the strength s of each image; 0 leaves an image as it is.
         gradient: where the gradient is taken.
         shift: how it is injected.
+        scale: what the weight is multiplied by at each step.
+        limit: the largest root mean square of what is injected; more is scaled down, image by image.
+        required: whether a gradient of 0 is an error, as it is for what a text asks.
 
     Raises:
         GuidanceError: when called, where an image with a weight has no gradient, or one that is not finite.
@@ -190,19 +217,103 @@ class GradientGuidance:
     weight: Tensor
     gradient: Gradient
     shift: Shift
+    scale: Scale | None = None
+    limit: float | None = None
+    required: bool = True
 
-    @property
-    def needs_graph(self) -> bool:
-        return self.gradient is grad_denoised
+    def needs_graph(self, step: Step) -> bool:
+        return self.gradient in (grad_denoised, grad_blended)
 
     def __call__(self, pred: Prediction, x: Tensor, step: Step) -> Prediction:
-        guided = self.weight != 0
         g = self.gradient(self.loss, pred, x, step)
-        size = g.flatten(1).norm(dim=1)  # (B,)
-        broken = guided & ~(torch.isfinite(size) & (size > 0))
-        if broken.any():
-            position = int(broken.nonzero()[0])
-            what = "no gradient" if size[position] == 0 else "a gradient that is not finite"
-            raise GuidanceError(position, f"the guidance has {what} at t={step.t}")
-        direction = torch.where(guided, self.weight, 0)[:, None, None, None] * g.nan_to_num(0, 0, 0)
+        guided = self.weight != 0
+        check_gradient(g, guided, step, self.required)
+        scale = 1.0 if self.scale is None else self.scale(g, pred, step)
+        direction = self.weight[:, None, None, None] * scale * g
+        if self.limit is not None:
+            direction = direction * (self.limit / rms(direction).clamp(min=self.limit))
+        direction = torch.where(guided[:, None, None, None], direction, 0)
         return self.shift(pred, direction, step)
+
+
+@dataclass(frozen=True)
+class Descent:
+    """Several steps up the loss from x̂0, by which x̂0 moves; eps stays, or follows so that x_t stays what it is.
+
+    Args:
+        loss: what is raised.
+        weight: (B,) length of a step; 0 leaves an image as it is.
+        count: of steps.
+        adam: whether a step is Adam's, of about ``weight`` a pixel, in place of ``weight`` times the gradient.
+        eps_follows: eps moves by −√(ᾱ_t/(1−ᾱ_t)) times what x̂0 does (Bansal et al. 2023, eq. 9).
+    """
+
+    loss: Loss
+    weight: Tensor
+    count: int
+    adam: bool = False
+    eps_follows: bool = False
+
+    def needs_graph(self, step: Step) -> bool:
+        return False
+
+    def __call__(self, pred: Prediction, x: Tensor, step: Step) -> Prediction:
+        rate, guided = self.weight[:, None, None, None], self.weight != 0
+        x0 = pred.x0.detach()
+        mean, square = torch.zeros_like(x0), torch.zeros_like(x0)
+        for i in range(1, self.count + 1):
+            g = _gradient(self.loss, x0.clone().requires_grad_(), step)
+            check_gradient(g, guided, step)
+            if self.adam:
+                mean, square = 0.9 * mean + 0.1 * g, 0.999 * square + 0.001 * g**2
+                g = (mean / (1 - 0.9**i)) / ((square / (1 - 0.999**i)).sqrt() + 1e-8)
+            x0 = torch.where(guided[:, None, None, None], x0 + rate * g, x0)
+        move = x0 - pred.x0.detach()
+        eps = pred.eps
+        if self.eps_follows:
+            eps = eps - (step.alpha_bar_t / (1 - step.alpha_bar_t)) ** 0.5 * move
+        return pred._replace(x0=pred.x0 + move, eps=eps)
+
+
+@dataclass(frozen=True)
+class Within:
+    """A guidance that acts at ``low < t ≤ high`` alone."""
+
+    guidance: Guidance
+    low: int
+    high: int
+
+    def needs_graph(self, step: Step) -> bool:
+        return self.low < step.t <= self.high and self.guidance.needs_graph(step)
+
+    def __call__(self, pred: Prediction, x: Tensor, step: Step) -> Prediction:
+        return self.guidance(pred, x, step) if self.low < step.t <= self.high else pred
+
+
+@dataclass(frozen=True)
+class Together:
+    """Guidances that each see the prediction as it came, and whose changes are added."""
+
+    guidances: Sequence[Guidance]
+
+    def needs_graph(self, step: Step) -> bool:
+        return any(guidance.needs_graph(step) for guidance in self.guidances)
+
+    def __call__(self, pred: Prediction, x: Tensor, step: Step) -> Prediction:
+        moved = [guidance(pred, x, step) for guidance in self.guidances]
+        return pred._replace(
+            x0=pred.x0 + sum(other.x0 - pred.x0 for other in moved),
+            eps=pred.eps + sum(other.eps - pred.eps for other in moved),
+        )
+
+
+def check_gradient(g: Tensor, guided: Tensor, step: Step, required: bool = True) -> None:
+    """Raise :class:`GuidanceError` where an image that is guided, (B,), has no gradient or a broken one."""
+    size = g.flatten(1).norm(dim=1)  # (B,)
+    broken = guided & ~torch.isfinite(size)
+    if required:
+        broken |= guided & (size == 0)
+    if broken.any():
+        position = int(broken.nonzero()[0])
+        what = "no gradient" if size[position] == 0 else "a gradient that is not finite"
+        raise GuidanceError(position, f"the guidance has {what} at t={step.t}")

@@ -34,11 +34,11 @@ class Noise:
         self.seeds, self.shape, self.device = tuple(seeds), tuple(shape), torch.device(device)
         self._generator = torch.Generator(self.device)
 
-    def __call__(self, k: int) -> Tensor:
-        """(B, C, H, W): draw ``k``, where 0 is x_T and step i of the walk uses i + 1."""
+    def __call__(self, k: int | str) -> Tensor:
+        """(B, C, H, W): draw ``k``, where 0 is x_T and step i of the walk uses i + 1; a critic names its own."""
         return torch.stack([self._one(seed, k) for seed in self.seeds])
 
-    def _one(self, seed: int, k: int) -> Tensor:
+    def _one(self, seed: int, k: int | str) -> Tensor:
         digest = hashlib.blake2b(f"{seed}/{k}".encode(), digest_size=7).digest()
         self._generator.manual_seed(int.from_bytes(digest, "little"))
         return torch.randn(self.shape, generator=self._generator, device=self.device)

@@ -1,4 +1,4 @@
-"""Training of the attribute classifier that judges guided pictures, and never guides them."""
+"""Training of an attribute classifier: one that judges guided pictures, or a noise-aware one that guides."""
 
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from diffusion.classifier import Classifier, save_classifier
+from diffusion.schedule import Schedule, ScheduleName
 from errors import InputError
-from lightning_modules.degrade import degrade
+from lightning_modules.degrade import degrade, diffuse
 from lightning_modules.optim import OptimConfig, adamw
 
 
@@ -23,6 +24,8 @@ class ClassifierModule(L.LightningModule):
         optim: the optimiser and its schedule.
         max_noise: as in :class:`lightning_modules.clip.ClipModule`.
         blur: likewise.
+        noise_aware: learn from x_t at a random t, for classifier guidance (Dhariwal & Nichol 2021).
+        schedule: of that t.
     """
 
     def __init__(
@@ -33,9 +36,12 @@ class ClassifierModule(L.LightningModule):
         optim: OptimConfig = OptimConfig(),
         max_noise: float = 0.0,
         blur: bool = False,
+        noise_aware: bool = False,
+        schedule: ScheduleName = "cosine",
     ) -> None:
         super().__init__()
-        self.network = Classifier(vocabulary, width)
+        self.network = Classifier(vocabulary, width, noise_aware)
+        self.schedule = Schedule.named(schedule)
         self.save_path = None if save_path is None else Path(save_path)
         self.optim = optim
         self.max_noise, self.blur = max_noise, blur
@@ -45,7 +51,10 @@ class ClassifierModule(L.LightningModule):
             raise InputError(f"model.save_path: {self.save_path} exists; another name would do")
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        loss = self.network.loss(degrade(batch["image"], self.max_noise, self.blur), batch["labels"])
+        image, alpha_bar = degrade(batch["image"], self.max_noise, self.blur), 1.0
+        if self.network.noise_aware:
+            image, alpha_bar = diffuse(image, self.schedule)
+        loss = self.network.loss(image, batch["labels"], alpha_bar)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 

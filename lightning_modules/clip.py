@@ -6,19 +6,23 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from diffusion.clip import (
     OPENAI_PREPROCESSING,
     Clip,
     contrastive_loss,
+    make_noise_aware,
     new_model,
     new_tokenizer,
     preprocess,
     save_folder,
 )
+from diffusion.noise_level import LevelledConv
+from diffusion.schedule import Schedule, ScheduleName
 from errors import InputError
-from lightning_modules.degrade import degrade
+from lightning_modules.degrade import degrade, diffuse
 from lightning_modules.optim import OptimConfig, adamw
 
 
@@ -29,12 +33,17 @@ class ClipModule(L.LightningModule):
         embed_dim: length of the features that pictures and texts share.
         vision: open_clip's ``vision_cfg``: ``image_size``, ``layers``, ``width``, …
         text: open_clip's ``text_cfg``: ``context_length``, ``width``, ``heads``, ``layers``, …
+        clip: a CLIP to start from, as :meth:`diffusion.clip.Clip.load` names it; a folder, for its sizes are those of
+            the three arguments above, which give way to it.
+        noise_aware: the image tower sees (x_t, t) at a random t, as GLIDE's did (Nichol et al. 2022).
+        schedule: of that t.
         save_dir: the folder that is written at the end of ``fit``; none is written without it.
         optim: the optimiser and its schedule.
         max_noise: pictures get Gaussian noise of a standard deviation up to this (pictures span [-1, 1]).
         blur: whether half of the pictures are blurred by up to a factor of four. With noise, it makes a critic that
             can read the half-denoised pictures that guidance shows it.
         zero_shot: for each label of the data, in their order, a text per value; their accuracy is logged.
+        levels: t at which a picture and its caption are looked for, too, under noise.
     """
 
     def __init__(
@@ -42,11 +51,15 @@ class ClipModule(L.LightningModule):
         embed_dim: int = 128,
         vision: dict[str, Any] | None = None,
         text: dict[str, Any] | None = None,
+        clip: str | None = None,
+        noise_aware: bool = False,
+        schedule: ScheduleName = "cosine",
         save_dir: str | None = None,
         optim: OptimConfig = OptimConfig(),
         max_noise: float = 0.0,
         blur: bool = False,
         zero_shot: dict[str, list[str]] | None = None,
+        levels: list[int] | None = None,
     ) -> None:
         super().__init__()
         self.model_cfg = {"embed_dim": embed_dim, "vision_cfg": vision or {}, "text_cfg": text or {}}
@@ -54,27 +67,42 @@ class ClipModule(L.LightningModule):
         self.save_dir = None if save_dir is None else Path(save_dir)
         self.optim = optim
         self.max_noise, self.blur, self.zero_shot = max_noise, blur, zero_shot or {}
+        self.clip, self.noise_aware = clip, noise_aware
+        self.schedule, self.levels = Schedule.named(schedule), levels or []
         self.model: torch.nn.Module | None = None
 
     def configure_model(self) -> None:
-        if self.model is None:
+        if self.model is not None:
+            return
+        if self.clip is None:
             self.model = new_model(self.model_cfg)
             self.tokenizer = new_tokenizer(self.model_cfg["text_cfg"].get("context_length", 77))
+        else:
+            start = Clip.load(self.clip)
+            self.model, self.tokenizer, self.preprocess_cfg = start.model, start.tokenizer, start.preprocess
+            self.model_cfg = start.config
+            self.model.requires_grad_(True).train()
+        if self.noise_aware and not isinstance(self.model.visual.conv1, LevelledConv):
+            make_noise_aware(self.model)
 
     def on_fit_start(self) -> None:
         if self.save_dir is not None and self.save_dir.exists() and any(self.save_dir.iterdir()):
             raise InputError(f"model.save_dir: {self.save_dir} is not empty; another folder would do")
         self.contrastive_loss = contrastive_loss(self.global_rank, self.trainer.world_size)
 
-    def features(self, batch: dict[str, Any], image: Tensor) -> tuple[Tensor, Tensor]:
+    def features(self, batch: dict[str, Any], image: Tensor, alpha_bar: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if self.noise_aware:
+            self.model.visual.conv1.alpha_bar = alpha_bar
         tokens = self.tokenizer(batch["caption"]).to(self.device)
         pixels = preprocess(image, self.preprocess_cfg)
         image_features = F.normalize(self.model.encode_image(pixels).float(), dim=-1)
         return image_features, F.normalize(self.model.encode_text(tokens).float(), dim=-1)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        image = degrade(batch["image"], self.max_noise, self.blur)
-        image_features, text_features = self.features(batch, image)
+        image, alpha_bar = degrade(batch["image"], self.max_noise, self.blur), None
+        if self.noise_aware:
+            image, alpha_bar = diffuse(image, self.schedule)
+        image_features, text_features = self.features(batch, image, alpha_bar)
         scale = self.model.logit_scale.exp().clamp(max=100)
         loss = self.contrastive_loss(image_features, text_features, scale)
         self.log("train/loss", loss, prog_bar=True)
@@ -83,13 +111,23 @@ class ClipModule(L.LightningModule):
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         image_features, text_features = self.features(batch, batch["image"])
-        found = (image_features @ text_features.T).argmax(dim=1)
-        hits = (found == torch.arange(len(found), device=self.device)).float().mean()
-        self.log("val/retrieval", hits, batch_size=len(found), sync_dist=True)
+        self._log_answers(image_features, text_features, batch, "")
+        for t in self.levels:
+            with isolate_rng():
+                torch.manual_seed(t)
+                image, alpha_bar = diffuse(batch["image"], self.schedule, [t] * len(batch["image"]))
+            image_features, _ = self.features(batch, image, alpha_bar)
+            self._log_answers(image_features, text_features, batch, f"_t{t}")
+
+    def _log_answers(self, image_features: Tensor, text_features: Tensor, batch: dict[str, Any], suffix: str) -> None:
+        """How often a picture finds its own caption in the batch, and the right answer of each attribute."""
+        count = len(image_features)
+        found = (image_features @ text_features.T).argmax(dim=1) == torch.arange(count, device=self.device)
+        self.log(f"val/retrieval{suffix}", found.float().mean(), batch_size=count, sync_dist=True)
         for column, (name, texts) in enumerate(self.zero_shot.items()):
             answers = F.normalize(self.model.encode_text(self.tokenizer(texts).to(self.device)).float(), dim=-1)
             right = (image_features @ answers.T).argmax(dim=1) == batch["labels"][:, column]
-            self.log(f"val/zero_shot_{name}", right.float().mean(), batch_size=len(found), sync_dist=True)
+            self.log(f"val/zero_shot_{name}{suffix}", right.float().mean(), batch_size=count, sync_dist=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
         return adamw(self.model.parameters(), self.optim, self.trainer.max_steps)

@@ -12,13 +12,14 @@ from tqdm import tqdm
 
 from diffusion.architecture import Architecture, default_var_type
 from diffusion.bound import variational_bound
+from diffusion.classifier import Classifier, load_classifier
 from diffusion.clip import Clip
 from diffusion.denoiser import NetworkDenoiser, Parametrisation, VarType, to_x0, training_target
 from diffusion.guidance import Clamp, GuidanceError, GuidedDenoiser, RefuseFlat
-from diffusion.losses import ClipSimilarity, Ensemble
+from diffusion.losses import ClassifierAnswer, ClipAnswer, ClipSimilarity, Critic, Ensemble, Scaled
 from diffusion.methods import METHODS, SamplingConfig
 from diffusion.sampling import Noise, State, ancestral, ddim, sample
-from diffusion.schedule import Betas, Schedule, ScheduleName, Step
+from diffusion.schedule import Betas, Schedule, ScheduleName, Step, time_travel
 from diffusion.unet import UNet, UNetConfig
 from diffusion.weights import Weights, load_weights, save_weights, state_hash
 from errors import InputError
@@ -45,6 +46,9 @@ class DDPMModule(L.LightningModule):
         clip: what guides, as :meth:`diffusion.clip.Clip.load` names it; several are averaged. Needed only where there
             is a text.
         clip_weights: of each CLIP in the average, relative to the others; equal ones by default.
+        bank: texts that a picture could show instead. With them, the evidence for a text is its probability among
+            them; without, it is CLIP's logit.
+        classifier: a noise-aware classifier, for classifier guidance.
         sampling: how pictures are made.
         optim: the optimiser and its schedule.
         ema_decay: of the averaged weights, which validation, sampling and prediction use.
@@ -65,6 +69,8 @@ class DDPMModule(L.LightningModule):
         default_weights: str | None = None,
         clip: str | list[str] | None = None,
         clip_weights: list[float] | None = None,
+        bank: list[str] | None = None,
+        classifier: str | None = None,
         sampling: SamplingConfig = SamplingConfig(),
         optim: OptimConfig = OptimConfig(),
         ema_decay: float = 0.9999,
@@ -80,12 +86,14 @@ class DDPMModule(L.LightningModule):
         self.clip_weights = [1.0] * len(self.clip_names) if clip_weights is None else clip_weights
         if len(self.clip_weights) != len(self.clip_names) or not all(weight > 0 for weight in self.clip_weights):
             raise InputError(f"clip_weights: {self.clip_weights} given; a number above 0 for each clip would do")
+        self.bank, self.classifier_path = bank or [], classifier
         self.sampling = sampling
         self.optim = optim
         self.ema_decay = ema_decay
         self.save_path = None if save_path is None else Path(save_path)
         self.unet: UNet | None = None
         self.trained = False  # whether the network has weights from anywhere but chance
+        self._classifier: Classifier | None = None
         self._clips: list[Clip] = []  # frozen: no part of the module's parameters, checkpoint or optimiser
         self._provenance: dict[str, Any] | None = None
 
@@ -174,11 +182,35 @@ class DDPMModule(L.LightningModule):
             self._clips = [Clip.load(name) for name in self.clip_names]
         return [clip.to(self.device) for clip in self._clips]
 
-    def similarity(self, text: Sequence[str]) -> Ensemble:
-        """The loss that guides. Where a text is empty, another stands in: no one looks at what it scores."""
-        spare = next(sentence for sentence in text if sentence)
-        texts = [sentence or spare for sentence in text]
-        return Ensemble([ClipSimilarity(clip, texts) for clip in self.clips], self.clip_weights)
+    @property
+    def classifier(self) -> Classifier:
+        if self._classifier is None:
+            if self.classifier_path is None:
+                raise InputError("classifier: none given; one that configs/faces_classifier.yaml makes would do")
+            self._classifier = load_classifier(Path(self.classifier_path), "classifier")
+            if not self._classifier.noise_aware:
+                raise InputError(f"classifier: {self.classifier_path} knows no noise; a noise-aware one would do")
+        return self._classifier.to(self.device)
+
+    def similarity(self, text: Sequence[str], noisy: bool = False) -> Ensemble:
+        """The cosine of each picture and its text."""
+        texts = spared(text)
+        return Ensemble([ClipSimilarity(clip, texts, noisy) for clip in self.clips], self.clip_weights)
+
+    def critic(self, text: Sequence[str], noise: Noise) -> Critic:
+        """What the method asks whether a picture obeys."""
+        kind, texts = METHODS[self.sampling.method].critic, spared(text)
+        noisy = kind == "noisy clip"
+        if noisy and not all(clip.noise_aware for clip in self.clips):
+            name = next(clip.name for clip in self.clips if not clip.noise_aware)
+            raise InputError(f"clip: {name} knows no noise; one that configs/faces_noisy_clip.yaml makes would do")
+        cosine = self.similarity(text, noisy)
+        if kind == "classifier":
+            return Critic(cosine, ClassifierAnswer(self.classifier, texts), noise)
+        if not self.bank:
+            return Critic(cosine, Scaled(cosine, cosine.logit_scale), noise)
+        answers = [ClipAnswer(clip, texts, self.bank, noisy) for clip in self.clips]
+        return Critic(cosine, Ensemble(answers, self.clip_weights), noise)
 
     def sample(self, text: Sequence[str], seed: Sequence[int], guidance_weight: Sequence[float]) -> Iterator[State]:
         """Walk from noise to pictures, one for each text, seed and weight (lists of one length).
@@ -187,12 +219,12 @@ class DDPMModule(L.LightningModule):
         :func:`diffusion.sampling.sample`, ``len(self.steps)`` of them.
         """
         config, size = self.sampling, self.architecture.image_size
+        noise = Noise(seed, (self.architecture.unet.image_channels, size, size), self.device)
         denoise = NetworkDenoiser(self.unet, self.architecture.parametrisation, self.var_type)
         guidances = [Clamp()] if self.clip_denoised else []
         if any(guidance_weight):
             weight = torch.tensor(guidance_weight, device=self.device)
-            guidances += [RefuseFlat(weight), *METHODS[config.method](self.similarity(text), weight)]
-        noise = Noise(seed, (self.architecture.unet.image_channels, size, size), self.device)
+            guidances += [RefuseFlat(weight), *METHODS[config.method].guide(self.critic(text, noise), weight)]
         update = ddim(config.ddim_eta) if config.ddim else ancestral
         return sample(GuidedDenoiser(denoise, guidances), self.steps, update, noise)
 
@@ -225,7 +257,12 @@ class DDPMModule(L.LightningModule):
 
     @property
     def steps(self) -> list[Step]:
-        return self.schedule.steps(self.sampling.skip_steps, self.sampling.skip_type)
+        steps = self.schedule.steps(self.sampling.skip_steps, self.sampling.skip_type)
+        return time_travel(steps, self.repeats)
+
+    @property
+    def repeats(self) -> int:
+        return self.sampling.repeats or METHODS[self.sampling.method].repeats
 
     def predict_step(self, batch: dict[str, list], batch_idx: int) -> dict[str, Any]:
         """Make the pictures of a batch of requests (a list for each of index, text, seed and guidance_weight).
@@ -267,12 +304,15 @@ class DDPMModule(L.LightningModule):
             self._provenance = {
                 "method": config.method,
                 "steps": config.skip_steps,
+                "repeats": self.repeats,
                 "skip_type": config.skip_type,
                 "sampler": f"ddim(eta={config.ddim_eta:g})" if config.ddim else "ddpm",
                 "var_type": self.var_type,
                 "clip_denoised": self.clip_denoised,
                 "weights": None if self.trainer.training else str(self.weights_path or self.trainer.ckpt_path),
                 "weights_hash": state_hash(self.ema.average),
+                "bank": self.bank,
+                "classifier": self.classifier_path,
                 "clip": self._joined(self.clip_names),
                 "clip_hash": self._joined([clip.hash for clip in self._clips]),
                 "device": self.device.type,
@@ -325,3 +365,9 @@ class DDPMModule(L.LightningModule):
         self.trained = True
         if training:
             checkpoint["state_dict"] = checkpoint["current_model_state"]
+
+
+def spared(text: Sequence[str]) -> list[str]:
+    """Where a text is empty, another stands in: no one looks at what it scores."""
+    spare = next(sentence for sentence in text if sentence)
+    return [sentence or spare for sentence in text]

@@ -1,8 +1,12 @@
 """Noise and blur that make a critic read half-denoised pictures."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from diffusion.schedule import Schedule
 
 
 def degrade(image: Tensor, max_noise: float, blur: bool) -> Tensor:
@@ -16,3 +20,11 @@ def degrade(image: Tensor, max_noise: float, blur: bool) -> Tensor:
         strength = max_noise * torch.rand(len(image), 1, 1, 1, device=image.device)
         image = image + strength * torch.randn_like(image)
     return image
+
+
+def diffuse(image: Tensor, schedule: Schedule, t: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+    """x_t of ``image``, (B, C, H, W), and its ᾱ_t, (B,), at ``t``, or at a random one for each picture."""
+    times = torch.randint(len(schedule), (len(image),)) if t is None else torch.as_tensor(t)
+    alpha_bar = schedule.alpha_bar[times].float().to(image.device)
+    a = alpha_bar[:, None, None, None]
+    return a.sqrt() * image + (1 - a).sqrt() * torch.randn_like(image), alpha_bar

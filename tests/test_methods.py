@@ -9,12 +9,13 @@ from conftest import randomise
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from diffusion.clip import Clip
-from diffusion.denoiser import NetworkDenoiser
+from diffusion.classifier import Classifier
+from diffusion.clip import Clip, make_noise_aware
+from diffusion.denoiser import NetworkDenoiser, Prediction
 from diffusion.guidance import Clamp, GuidedDenoiser
-from diffusion.losses import ClipSimilarity
+from diffusion.losses import ClassifierAnswer, ClipSimilarity, Critic, Ensemble, Scaled
 from diffusion.methods import METHODS
-from diffusion.sampling import ancestral
+from diffusion.sampling import Noise, ancestral
 from diffusion.schedule import Schedule
 from diffusion.unet import UNet, UNetConfig
 
@@ -23,6 +24,8 @@ T, S = 700, 680
 ALPHA_BAR = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), dim=0)
 NETWORK = randomise(UNet(UNetConfig(channels=(8, 16), num_res_blocks=1, attention_levels=(1,), norm_groups=4))).eval()
 
+NOISE = Noise((1, 2), (3, 24, 24))
+
 
 @pytest.fixture
 def drawn() -> tuple[Tensor, Tensor]:
@@ -30,9 +33,20 @@ def drawn() -> tuple[Tensor, Tensor]:
     return torch.randn(2, 2, 3, 24, 24, generator=generator).unbind()
 
 
-def step_of(method: str, clip: Clip, drawn: tuple[Tensor, Tensor], clamp: bool = True) -> Tensor:
+def step_of(
+    method: str,
+    clip: Clip,
+    drawn: tuple[Tensor, Tensor],
+    clamp: bool = True,
+    weight: Tensor = WEIGHTS,
+    noisy: bool = False,
+    critic: Critic | None = None,
+) -> Tensor:
     x, noise = drawn
-    guidances = [Clamp()] * clamp + METHODS[method](ClipSimilarity(clip, TEXTS), WEIGHTS)
+    if critic is None:
+        cosine = Ensemble([ClipSimilarity(clip, TEXTS, noisy)], [1.0])
+        critic = Critic(cosine, Scaled(cosine, cosine.logit_scale), NOISE)
+    guidances = [Clamp()] * clamp + METHODS[method].guide(critic, weight)
     denoise = GuidedDenoiser(NetworkDenoiser(NETWORK, "eps", "fixed_small"), guidances)
     step = Schedule.named("linear").step(T, S)
     return ancestral(x, denoise(x, step), step, lambda: noise)
@@ -102,3 +116,184 @@ def test_score_guidance_is_the_gradient_added_to_the_score(drawn: tuple[Tensor, 
     expected = scheduler.step(-sigma * score, T, x, generator=torch.Generator().manual_seed(9)).prev_sample
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(9))
     same(step_of("score_guidance", clip, (x, noise), clamp=False), expected)
+
+
+# the other published methods: the step that each adds to x_s, worked out by their authors' formulas
+
+AT, AS = ALPHA_BAR[T].item(), ALPHA_BAR[S].item()
+BETA = 1 - AT / AS
+PLAIN = torch.tensor([1.0, 0.5])
+
+
+def by(weight: Tensor) -> Tensor:
+    return weight[:, None, None, None]
+
+
+class Walk:
+    """The unclamped x̂0 at x_t with its graph, and the unguided x_s."""
+
+    def __init__(self, drawn: tuple[Tensor, Tensor]) -> None:
+        self.x, self.noise = drawn[0].clone().requires_grad_(), drawn[1]
+        self.eps = NETWORK(self.x, torch.tensor([T, T]))
+        self.x0 = (self.x - (1 - AT) ** 0.5 * self.eps) / AT**0.5
+        mean, self.variance = posterior(drawn[0], self.x0.detach())
+        self.plain = mean + self.variance**0.5 * self.noise
+
+    def gradient(self, score: Tensor, at: Tensor | None = None) -> Tensor:
+        return torch.autograd.grad(score.sum(), self.x if at is None else at, retain_graph=True)[0]
+
+    def with_prediction(self, x0: Tensor, eps: Tensor) -> Tensor:
+        """DDIM's form of the ancestral step (Song et al. 2021, eq. 12 with η = 1)."""
+        direction = (1 - AS - self.variance) ** 0.5
+        return (AS**0.5 * x0 + direction * eps + self.variance**0.5 * self.noise).detach()
+
+
+def distance(image: Tensor, clip: Clip) -> Tensor:
+    features = F.normalize(clip.model.encode_image(pixels_of(image, clip)), dim=-1)
+    return (features - F.normalize(clip.model.encode_text(clip.tokenizer(TEXTS)), dim=-1)).norm(dim=-1)
+
+
+def logit(image: Tensor, clip: Clip) -> Tensor:
+    return clip.model.logit_scale.exp() * cosine(pixels_of(image, clip), clip)
+
+
+def moved(method: str, clip: Clip, drawn: tuple[Tensor, Tensor], expected: Tensor, walk: Walk, **kwargs) -> None:
+    """That the step is what is expected, and that guidance has a part in it."""
+    kwargs = {"weight": PLAIN, **kwargs}
+    same(step_of(method, clip, drawn, clamp=False, **kwargs), expected)
+    assert (expected - walk.plain).abs().amax(dim=(1, 2, 3)).min() > 1e-4
+
+
+def test_glide_takes_the_gradient_at_x_t_of_a_clip_that_knows_its_noise(drawn, tiny_clip: Path) -> None:
+    clip, walk = Clip.load(str(tiny_clip)), Walk(drawn)
+    level = randomise(make_noise_aware(clip.model), seed=4)
+    clip.noise_aware = True
+    level.alpha_bar = torch.tensor([AT, AT])
+    x = drawn[0].clone().requires_grad_()
+    gradient = torch.autograd.grad(logit(x, clip).sum(), x)[0]
+    moved("glide", clip, drawn, walk.plain + by(PLAIN) * walk.variance * gradient, walk, noisy=True)
+
+
+def test_classifier_guidance_is_algorithm_1(drawn) -> None:
+    vocabulary = {"gender": {"woman": ["girl"], "man": ["man"]}, "hair": {"red": ["red hair"], "grey": ["grey hair"]}}
+    torch.manual_seed(0)
+    classifier, walk = Classifier(vocabulary, 8, noise_aware=True).eval(), Walk(drawn)
+    critic = Critic(None, ClassifierAnswer(classifier, TEXTS), NOISE)
+    x = drawn[0].clone().requires_grad_()
+    out = classifier(x, torch.tensor([AT, AT]))
+    log_p = out["gender"].softmax(1)[0, 1].log() + (out["gender"].softmax(1)[1, 0] * out["hair"].softmax(1)[1, 0]).log()
+    gradient = torch.autograd.grad(log_p, x)[0]
+    expected = walk.plain + by(PLAIN) * walk.variance * gradient
+    moved("classifier_guidance", None, drawn, expected, walk, critic=critic)
+
+
+def test_dps_divides_the_gradient_of_the_square_by_the_residual(drawn, tiny_clip: Path) -> None:
+    clip, walk = Clip.load(str(tiny_clip)), Walk(drawn)
+    residual = distance(walk.x0, clip)
+    gradient = walk.gradient(residual**2) / by(residual.detach())
+    moved("dps", clip, drawn, walk.plain - by(PLAIN) * gradient, walk)
+
+
+def test_freedom_steps_by_the_noise_over_the_gradient_image_by_image(drawn, tiny_clip: Path) -> None:
+    clip, walk, expected = Clip.load(str(tiny_clip)), Walk(drawn), []
+    gradient = walk.gradient(distance(walk.x0, clip))
+    for i, weight in enumerate(PLAIN):
+        c1 = AS**0.5 * (1 - AT / AS) / (1 - AT)
+        l1 = (walk.eps[i] * walk.eps[i]).mean().sqrt() * (1 - AT) ** 0.5 / AT**0.5 * c1
+        rho = 0.02 * l1 / (gradient[i] * gradient[i]).mean().sqrt()
+        expected.append(walk.plain[i] - weight * rho * gradient[i])
+    moved("freedom", clip, drawn, torch.stack(expected), walk)
+
+
+def test_mpgd_moves_x0_by_the_gradient_there_until_late(drawn, tiny_clip: Path) -> None:
+    clip, walk = Clip.load(str(tiny_clip)), Walk(drawn)
+    x0 = walk.x0.detach().requires_grad_()
+    gradient = walk.gradient(distance(x0, clip), x0)
+    expected = walk.with_prediction(x0 - 10 * by(PLAIN) / AS**0.5 * gradient, walk.eps)
+    moved("mpgd", clip, drawn, expected, walk, weight=10 * PLAIN)
+    cosine_loss = Ensemble([ClipSimilarity(clip, TEXTS)], [1.0])
+    (late,) = METHODS["mpgd"].guide(Critic(cosine_loss, cosine_loss, NOISE), PLAIN)
+    pred = Prediction(x0.detach(), walk.eps.detach(), torch.tensor(0.1))
+    assert late(pred, drawn[0], Schedule.named("linear").step(100, 80)) is pred
+
+
+def test_universal_guidance_goes_forward_then_backward(drawn, tiny_clip: Path) -> None:
+    clip, walk = Clip.load(str(tiny_clip)), Walk(drawn)
+    eps = walk.eps - 2 * by(PLAIN) * (1 - AT) ** 0.5 * walk.gradient(logit(walk.x0, clip))
+    x0 = ((drawn[0] - (1 - AT) ** 0.5 * eps) / AT**0.5).detach()
+    found = x0.clone().requires_grad_()
+    pictures = [found[i : i + 1].detach().requires_grad_() for i in range(2)]
+    for which, picture in enumerate(pictures):
+        optimiser = torch.optim.Adam([picture], lr=0.01 * PLAIN[which].item())
+        for _ in range(3):
+            optimiser.zero_grad()
+            (-logit(picture.expand(2, -1, -1, -1), clip)[which]).backward()
+            optimiser.step()
+    found = torch.cat(pictures).detach()
+    delta = found - x0
+    expected = walk.with_prediction(found, eps - (AT / (1 - AT)) ** 0.5 * delta)
+    assert METHODS["universal"].repeats == 5
+    moved("universal", clip, drawn, expected, walk)
+
+
+def test_lgd_mc_smooths_the_loss_over_what_x0_may_be(drawn, tiny_clip: Path) -> None:
+    clip, walk = Clip.load(str(tiny_clip)), Walk(drawn)
+    variance_exploding = (1 - AT) / AT
+    r = (variance_exploding / (1 + variance_exploding)) ** 0.5
+    scores = torch.stack([logit(walk.x0 + r * NOISE(f"smooth/{T}/{i}"), clip) for i in range(10)])
+    gradient = walk.gradient(scores.exp().mean(dim=0).log())
+    eps = walk.eps - by(PLAIN) * (1 - AT) ** 0.5 * gradient
+    x0 = (drawn[0] - (1 - AT) ** 0.5 * eps) / AT**0.5
+    moved("lgd_mc", clip, drawn, walk.with_prediction(x0, eps), walk)
+
+
+def test_tfg_adds_both_gradients_of_the_smoothed_loss(drawn, tiny_clip: Path) -> None:
+    clip, walk = Clip.load(str(tiny_clip)), Walk(drawn)
+    delta_noise = (1 - AT) ** 0.5 * NOISE(f"smooth/{T}/0")
+    on_sample = 0.5 * by(PLAIN) * walk.gradient(logit(walk.x0 + delta_noise, clip))
+    on_x0 = torch.zeros_like(drawn[0])
+    for _ in range(4):
+        x0 = (walk.x0.detach() + on_x0).requires_grad_()
+        on_x0 = on_x0 + 8 * by(PLAIN) * walk.gradient(logit(x0 + delta_noise, clip), x0)
+    expected = walk.plain + on_sample / (AT / AS) ** 0.5 + AS**0.5 * on_x0
+    moved("tfg", clip, drawn, expected, walk)
+
+
+def cuts(image: Tensor, count: int, smallest: float) -> list[Tensor]:
+    """The same cuts that the method takes, by hand."""
+    normal, found = torch.distributions.Normal(0.0, 1.0), []
+    for i in range(count):
+        batch = []
+        for picture, draw in zip(image, NOISE(f"cut/{T}/{i}").flatten(1)[:, :3], strict=True):
+            size, left, top = normal.cdf(draw).tolist()
+            length = round(24 * (smallest + (1 - smallest) * size))
+            y, x = round((24 - length) * top), round((24 - length) * left)
+            cut = picture[:, y : y + length, x : x + length][None]
+            batch.append(F.interpolate(cut, (24, 24), mode="bilinear", align_corners=False))
+        found.append(torch.cat(batch))
+    return found
+
+
+def test_polyak_steps_by_the_noise_over_the_square_of_the_gradient(drawn, tiny_clip: Path) -> None:
+    clip, walk = Clip.load(str(tiny_clip)), Walk(drawn)
+    similarity = torch.stack([cosine(pixels_of(cut, clip), clip) for cut in cuts(walk.x0, 4, 0.8)]).mean(dim=0)
+    gradient = walk.gradient((2 - 2 * similarity).sqrt())
+    step = [e.norm() / g.norm() ** 2 for e, g in zip(walk.eps, gradient, strict=True)]
+    weight = torch.tensor([0.01, 0.02])
+    expected = walk.plain - by(weight * torch.stack(step)) * gradient
+    moved("polyak", clip, drawn, expected, walk, weight=weight)
+
+
+def test_cutouts_is_crowsons_sum_on_a_blend(drawn, tiny_clip: Path) -> None:
+    clip, walk = Clip.load(str(tiny_clip)), Walk(drawn)
+    share = (1 - AT) ** 0.5
+    blend = share * walk.x0 + (1 - share) * walk.x
+    similarity = torch.stack([cosine(pixels_of(cut, clip), clip) for cut in cuts(blend, 16, 0.5)]).mean(dim=0)
+    spherical = 2 * ((2 - 2 * similarity).sqrt() / 2).arcsin() ** 2
+    beyond = F.pad(blend, (0, 1, 0, 1), "replicate")
+    across, down = beyond[..., :-1, 1:] - beyond[..., :-1, :-1], beyond[..., 1:, :-1] - beyond[..., :-1, :-1]
+    tv = (across**2 + down**2).flatten(1).mean(dim=1)
+    outside = (walk.x0 - walk.x0.clamp(-1, 1)).square().flatten(1).mean(dim=1)
+    weight = torch.tensor([0.1, 0.05])
+    gradient = -walk.gradient(spherical * 1000 * weight + tv * 150 + outside * 50)
+    moved("cutouts", clip, drawn, walk.plain + walk.variance * gradient, walk, weight=weight)
