@@ -9,12 +9,12 @@ from typing import Any, Literal, get_type_hints
 from jsonargparse import auto_cli
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from callbacks.obedience import Obedience
+from callbacks.evaluation import Evaluation
 from callbacks.prediction_writer import PredictionWriter
 from datamodules.prompts import PromptDataModule
 from diffusion.denoiser import Parametrisation
 from diffusion.guidance import GuidanceError
-from diffusion.methods import SamplingConfig
+from diffusion.methods import METHODS, SamplingConfig
 from diffusion.schedule import ScheduleName
 from diffusion.weights import Weights, load_weights, save_diffusers, save_weights
 from errors import InputError
@@ -25,6 +25,7 @@ MODEL_FLAGS: dict[str, dict[str, Any]] = {
     "use_ema": {"type": bool},
     "clip": {"type": str, "nargs": "+"},
     "clip_weights": {"type": float, "nargs": "+"},
+    "noisy_clip": {"type": str},
 }
 SAMPLING_FLAGS = ("method", "skip_steps", "skip_type", "ddim_eta", "var_type")
 REQUEST_FLAGS: dict[str, dict[str, Any]] = {
@@ -58,7 +59,7 @@ class ClipwardCLI(LightningCLI):
             parser.add_argument("--save_dir", type=str, default=f"out/{subcommand}", help="the folder for what is made")
             parser.add_argument("--overwrite", type=bool, default=False, help="replace what another command made")
         if subcommand == "test":
-            parser.add_argument("--judge", type=str, required=True, help="the classifier that looks at the pictures")
+            parser.add_argument("--judge", type=str, nargs="+", required=True, help="who looks at the pictures")
             parser.set_defaults({"unguided": False, "n_samples": 16})
         return parser
 
@@ -101,15 +102,19 @@ class ClipwardCLI(LightningCLI):
         self.callback = None
         if self.subcommand in ("predict", "test"):
             config = self.config[self.subcommand]
+            if config.guidance_weight is None:
+                config.guidance_weight = [METHODS[config.model.init_args.sampling.method].weight]
             self.requests = PromptDataModule(**{flag: config[flag] for flag in REQUEST_FLAGS})
             if self.subcommand == "predict":
                 text = self._parser("predict").dump(config, skip_unset=False)
                 self.callback = PredictionWriter(config.save_dir, text, config.overwrite)
                 self.requests.done = self.callback.finished()
             else:
-                self.callback = Obedience(config.judge, config.save_dir, config.overwrite)
+                self.callback = Evaluation(config.judge, config.save_dir, config.overwrite)
                 self.callback.check([request.text for request in self.requests.requests])
         super().instantiate_classes()
+        if self.subcommand == "test" and getattr(self.datamodule, "path", "") is not None:
+            self.callback.data = self.datamodule
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         if self.subcommand == "fit":

@@ -83,7 +83,7 @@ class PredictionWriter(BasePredictionWriter):
 
     def _check_same_weights(self, provenance: dict[str, Any]) -> None:
         before = self.rows()[0]
-        for name in ("weights_hash", "clip_hash"):
+        for name in ("weights_hash", "clip_hash", "noisy_clip_hash", "classifier_hash"):
             if before[name] != provenance[name]:
                 raise InputError(
                     f"save_dir: {self.save_dir} holds pictures by other weights ({name} {before[name]} there, "

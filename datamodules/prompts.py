@@ -78,7 +78,9 @@ class PromptDataModule(L.LightningDataModule):
         return DataLoader(left, batch_size=self.micro_batch, collate_fn=_collate)
 
     def test_dataloader(self) -> DataLoader:
-        return self.predict_dataloader()
+        """The same, with weights outermost: what a batch costs is what its weight costs."""
+        ordered = sorted(self.requests, key=lambda request: request.guidance_weight)
+        return DataLoader(ordered, batch_size=self.micro_batch, collate_fn=_collate)
 
 
 def _collate(requests: list[Request]) -> dict[str, list]:

@@ -55,24 +55,34 @@ class Classifier(nn.Module):
         return sum(losses) / len(losses)
 
     def named(self, text: str) -> dict[str, str]:
-        """What a text names: ``"an old man"`` gives ``{"gender": "man", "age": "old"}``."""
-        found: dict[str, str] = {}
-        for attribute, values in self.vocabulary.items():
-            hits = [
-                (len(words), value)
-                for value, names in values.items()
-                for words in names
-                if re.search(rf"\b{re.escape(words)}\b", text.lower())
-            ]
-            if hits:
-                found[attribute] = max(hits)[1]  # the longest: "no glasses" before "glasses"
-        return found
+        """What a text names; see :func:`named`."""
+        return named(self.vocabulary, text)
 
-    def check(self, text: str, role: str) -> None:
-        """Raise :class:`InputError` where it knows nothing of a text."""
-        if not self.named(text):
-            known = ", ".join(self.vocabulary)
-            raise InputError(f"text: the {role} finds nothing to look for in {text!r}; it knows of {known}")
+    def features(self, image: Tensor) -> Tensor:
+        """(B, C), averaged over the picture: what tells one set of pictures from another."""
+        return self.body[:-3](image).mean(dim=(2, 3))
+
+
+def named(vocabulary: Vocabulary, text: str) -> dict[str, str]:
+    """What a text names: ``"an old man"`` gives ``{"gender": "man", "age": "old"}``."""
+    found: dict[str, str] = {}
+    for attribute, values in vocabulary.items():
+        hits = [
+            (len(words), value)
+            for value, names in values.items()
+            for words in names
+            if re.search(rf"\b{re.escape(words)}\b", text.lower())
+        ]
+        if hits:
+            found[attribute] = max(hits)[1]  # the longest: "no glasses" before "glasses"
+    return found
+
+
+def check_named(vocabulary: Vocabulary, text: str, role: str) -> None:
+    """Raise :class:`InputError` where a text names nothing of the vocabulary."""
+    if not named(vocabulary, text):
+        known = ", ".join(vocabulary)
+        raise InputError(f"text: the {role} finds nothing to look for in {text!r}; it knows of {known}")
 
 
 def save_classifier(path: Path, classifier: Classifier) -> None:

@@ -99,6 +99,8 @@ class Clip:
                 state = read_safetensors(folder / LEVEL_FILE, "clip")[1]
                 make_noise_aware(model).load_state_dict(state, strict=False)
             config = open_clip.get_model_config(source)
+            if options.get("force_quick_gelu"):
+                config["quick_gelu"] = True
             return cls(model, open_clip.get_tokenizer(source), dict(model.visual.preprocess_cfg), name, config)
         except ImportError as error:
             raise InputError(f"clip: {name} needs a package that is not installed ({first_line(error)})") from error

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion.classifier import Classifier
+from diffusion.classifier import Classifier, check_named
 from diffusion.clip import Clip, preprocess
 from diffusion.guidance import Loss
 from diffusion.schedule import Step
@@ -74,12 +74,12 @@ class Critic:
     """What guides a batch: a loss for each way of asking whether its pictures obey.
 
     Args:
-        cosine: between each picture and its text.
+        cosine: between each picture and its text; a classifier has none.
         evidence: log p(text | image) as the critic was trained to know it, but for a constant.
         noise: for the name of a draw, (B, C, H, W) of standard normal noise that belongs to the images.
     """
 
-    cosine: Ensemble
+    cosine: Ensemble | None
     evidence: Loss
     noise: Named
 
@@ -221,7 +221,7 @@ class ClassifierAnswer:
     def __init__(self, classifier: Classifier, texts: Sequence[str]) -> None:
         self.classifier = classifier
         for text in texts:
-            classifier.check(text, "classifier")
+            check_named(classifier.vocabulary, text, "classifier")
         self.wanted = [classifier.named(text) for text in texts]
 
     def __call__(self, image: Tensor, step: Step) -> Tensor:

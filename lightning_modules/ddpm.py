@@ -46,6 +46,7 @@ class DDPMModule(L.LightningModule):
         clip: what guides, as :meth:`diffusion.clip.Clip.load` names it; several are averaged. Needed only where there
             is a text.
         clip_weights: of each CLIP in the average, relative to the others; equal ones by default.
+        noisy_clip: a noise-aware CLIP, for the methods that look at x_t.
         bank: texts that a picture could show instead. With them, the evidence for a text is its probability among
             them; without, it is CLIP's logit.
         classifier: a noise-aware classifier, for classifier guidance.
@@ -69,6 +70,7 @@ class DDPMModule(L.LightningModule):
         default_weights: str | None = None,
         clip: str | list[str] | None = None,
         clip_weights: list[float] | None = None,
+        noisy_clip: str | None = None,
         bank: list[str] | None = None,
         classifier: str | None = None,
         sampling: SamplingConfig = SamplingConfig(),
@@ -86,15 +88,17 @@ class DDPMModule(L.LightningModule):
         self.clip_weights = [1.0] * len(self.clip_names) if clip_weights is None else clip_weights
         if len(self.clip_weights) != len(self.clip_names) or not all(weight > 0 for weight in self.clip_weights):
             raise InputError(f"clip_weights: {self.clip_weights} given; a number above 0 for each clip would do")
-        self.bank, self.classifier_path = bank or [], classifier
+        self.noisy_clip_name, self.bank, self.classifier_path = noisy_clip, bank or [], classifier
         self.sampling = sampling
         self.optim = optim
         self.ema_decay = ema_decay
         self.save_path = None if save_path is None else Path(save_path)
         self.unet: UNet | None = None
         self.trained = False  # whether the network has weights from anywhere but chance
+        # frozen: no part of the module's parameters, checkpoint or optimiser
+        self._clips: list[Clip] = []
+        self._noisy_clip: Clip | None = None
         self._classifier: Classifier | None = None
-        self._clips: list[Clip] = []  # frozen: no part of the module's parameters, checkpoint or optimiser
         self._provenance: dict[str, Any] | None = None
 
     def configure_model(self) -> None:
@@ -183,34 +187,44 @@ class DDPMModule(L.LightningModule):
         return [clip.to(self.device) for clip in self._clips]
 
     @property
+    def noisy_clip(self) -> Clip:
+        if self._noisy_clip is None:
+            name, wanted = self.noisy_clip_name, "one that configs/faces_noisy_clip.yaml makes would do"
+            if name is None:
+                raise InputError(
+                    f"noisy_clip: none given, and {self.sampling.method} looks at noisy pictures; {wanted}"
+                )
+            self._noisy_clip = Clip.load(name)
+            if not self._noisy_clip.noise_aware:
+                raise InputError(f"noisy_clip: {name} knows no noise; {wanted}")
+        return self._noisy_clip.to(self.device)
+
+    @property
     def classifier(self) -> Classifier:
         if self._classifier is None:
-            if self.classifier_path is None:
-                raise InputError("classifier: none given; one that configs/faces_classifier.yaml makes would do")
-            self._classifier = load_classifier(Path(self.classifier_path), "classifier")
+            path, wanted = self.classifier_path, "one that configs/faces_classifier.yaml makes would do"
+            if path is None:
+                raise InputError(f"classifier: none given, and {self.sampling.method} needs one; {wanted}")
+            self._classifier = load_classifier(Path(path), "classifier")
             if not self._classifier.noise_aware:
-                raise InputError(f"classifier: {self.classifier_path} knows no noise; a noise-aware one would do")
+                raise InputError(f"classifier: {path} knows no noise; {wanted}")
         return self._classifier.to(self.device)
 
-    def similarity(self, text: Sequence[str], noisy: bool = False) -> Ensemble:
+    def similarity(self, text: Sequence[str]) -> Ensemble:
         """The cosine of each picture and its text."""
-        texts = spared(text)
-        return Ensemble([ClipSimilarity(clip, texts, noisy) for clip in self.clips], self.clip_weights)
+        return Ensemble([ClipSimilarity(clip, spared(text)) for clip in self.clips], self.clip_weights)
 
     def critic(self, text: Sequence[str], noise: Noise) -> Critic:
         """What the method asks whether a picture obeys."""
         kind, texts = METHODS[self.sampling.method].critic, spared(text)
-        noisy = kind == "noisy clip"
-        if noisy and not all(clip.noise_aware for clip in self.clips):
-            name = next(clip.name for clip in self.clips if not clip.noise_aware)
-            raise InputError(f"clip: {name} knows no noise; one that configs/faces_noisy_clip.yaml makes would do")
-        cosine = self.similarity(text, noisy)
         if kind == "classifier":
-            return Critic(cosine, ClassifierAnswer(self.classifier, texts), noise)
+            return Critic(None, ClassifierAnswer(self.classifier, texts), noise)
+        noisy = kind == "noisy clip"
+        clips, weights = ([self.noisy_clip], [1.0]) if noisy else (self.clips, self.clip_weights)
+        cosine = Ensemble([ClipSimilarity(clip, texts, noisy) for clip in clips], weights)
         if not self.bank:
             return Critic(cosine, Scaled(cosine, cosine.logit_scale), noise)
-        answers = [ClipAnswer(clip, texts, self.bank, noisy) for clip in self.clips]
-        return Critic(cosine, Ensemble(answers, self.clip_weights), noise)
+        return Critic(cosine, Ensemble([ClipAnswer(clip, texts, self.bank, noisy) for clip in clips], weights), noise)
 
     def sample(self, text: Sequence[str], seed: Sequence[int], guidance_weight: Sequence[float]) -> Iterator[State]:
         """Walk from noise to pictures, one for each text, seed and weight (lists of one length).
@@ -292,7 +306,7 @@ class DDPMModule(L.LightningModule):
 
     @torch.no_grad()
     def clip_similarity(self, image: Tensor, text: Sequence[str]) -> list[float | None]:
-        if not any(text):
+        if not any(text) or not self.clip_names:
             return [None] * len(text)
         cosines = self.similarity(text)(image).tolist()
         return [cosine if sentence else None for cosine, sentence in zip(cosines, text, strict=True)]
@@ -312,7 +326,10 @@ class DDPMModule(L.LightningModule):
                 "weights": None if self.trainer.training else str(self.weights_path or self.trainer.ckpt_path),
                 "weights_hash": state_hash(self.ema.average),
                 "bank": self.bank,
+                "noisy_clip": self.noisy_clip_name,
+                "noisy_clip_hash": None if self._noisy_clip is None else self._noisy_clip.hash,
                 "classifier": self.classifier_path,
+                "classifier_hash": None if self._classifier is None else state_hash(self._classifier.state_dict()),
                 "clip": self._joined(self.clip_names),
                 "clip_hash": self._joined([clip.hash for clip in self._clips]),
                 "device": self.device.type,
@@ -325,8 +342,11 @@ class DDPMModule(L.LightningModule):
         return " + ".join(f"{weight:g}·{name}" for weight, name in zip(self.clip_weights, names, strict=True))
 
     def setup(self, stage: str) -> None:
-        if stage in ("predict", "test") and self.clip_names:
-            _ = self.clips  # loaded here, for the loops that follow run in inference mode
+        if stage in ("predict", "test"):  # loaded here, for the loops that follow run in inference mode
+            kind = METHODS[self.sampling.method].critic
+            _ = self.clip_names and self.clips
+            _ = kind == "noisy clip" and self.noisy_clip_name and self.noisy_clip
+            _ = kind == "classifier" and self.classifier_path and self.classifier
 
     def on_predict_start(self) -> None:
         self._check_weights()

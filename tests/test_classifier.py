@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import pytest
@@ -7,7 +6,6 @@ import yaml
 from conftest import tiny_faces, tiny_trainer
 from torch.utils.data import DataLoader
 
-from callbacks.obedience import summarise
 from datamodules.faces import ATTRIBUTES, Faces, FacesDataModule, attributes, caption
 from diffusion.classifier import Classifier, load_classifier
 from errors import InputError
@@ -67,12 +65,16 @@ def test_a_file_that_is_no_judge_is_refused(tmp_path: Path, tiny_weights: Path) 
         load_classifier(tmp_path / "text")
 
 
-def test_a_picture_obeys_where_all_is_seen() -> None:
-    def row(weight: float, gender: bool, age: bool) -> dict:
-        seen = {"gender": gender, "age": age}
-        return {"text": "an old man", "guidance_weight": weight, "seen": seen, "clip_similarity": 0.5}
-
-    table = summarise([row(0, True, False), row(0, False, False), row(9, True, True), row(9, True, False)])
-    assert [(entry["guidance_weight"], entry["obey"]) for entry in table] == [(0, 0.0), (9, 0.5)]
-    assert table[1]["attributes"] == {"gender": 1.0, "age": 0.5}
-    json.dumps(table)
+def test_a_noise_aware_one_learns_from_noise_and_is_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "classifier.safetensors"
+    torch.manual_seed(0)
+    module = ClassifierModule(
+        VOCABULARY, width=8, save_path=str(path), optim=OptimConfig(learning_rate=1e-3), noise_aware=True
+    )
+    data = FacesDataModule(size=16, train_count=64, val_count=8, batch_size=32)
+    tiny_trainer(tmp_path, max_steps=20).fit(module, data)
+    classifier, x = load_classifier(path), torch.randn(2, 3, 16, 16)
+    assert classifier.noise_aware
+    with torch.no_grad():
+        clean, noisy = (classifier(x, alpha_bar)["age"] for alpha_bar in (1.0, 0.1))
+    assert not torch.equal(clean, noisy)

@@ -208,19 +208,28 @@ def test_test_judges_what_obeys(config: str, tmp_path: Path, capsys: pytest.Capt
     vocabulary = yaml.safe_load((ROOT / "configs/faces_judge.yaml").read_text())["model"]["init_args"]["vocabulary"]
     save_classifier(tmp_path / "judge.safetensors", Classifier(vocabulary, 8))
     flags = ["--judge", str(tmp_path / "judge.safetensors"), "--save_dir", str(tmp_path / "out"), "--n_samples", "3"]
+    flags += ["--micro_batch", "6"]
     texts = ["--text", "an old man with a smile", "a girl", "--guidance_weight", "0", "50"]
     main(["test", "-c", config, *flags, *texts])
-    report = json.loads((tmp_path / "out/obedience.json").read_text())
-    assert report["pictures"] == 12
-    assert [(row["text"], row["guidance_weight"]) for row in report["obedience"]] == [
-        ("a girl", 0),
-        ("a girl", 50),
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    plain, guided = report["table"]
+    assert (plain["guidance_weight"], guided["guidance_weight"], plain["pictures"]) == (0, 50, 6)
+    assert (plain["cost"]["network_forwards"], plain["cost"]["network_backwards"]) == (
+        16 / 3,
+        0,
+    )  # 6 are filled up to 8
+    assert guided["cost"]["network_backwards"] > 0
+    assert guided["drift"] > 0
+    assert {"fid", "kid"} < plain.keys()
+    assert [(row["text"], row["guidance_weight"]) for row in report["texts"]] == [
         ("an old man with a smile", 0),
         ("an old man with a smile", 50),
+        ("a girl", 0),
+        ("a girl", 50),
     ]
-    assert set(report["obedience"][2]["attributes"]) == {"gender", "age", "smile"}
+    assert set(report["texts"][0]["attributes"]) == {"gender", "age", "smile"}
     assert "| an old man with a smile | 50 | 3 |" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r"obedience\.json exists"):
+    with pytest.raises(SystemExit, match=r"report\.json exists"):
         main(["test", "-c", config, *flags, *texts])
     with pytest.raises(SystemExit, match="the judge finds nothing to look for in 'a dog'"):
         main(["test", "-c", config, *flags, "--text", "a dog", "--overwrite", "true"])

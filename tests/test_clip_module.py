@@ -1,0 +1,98 @@
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_CLIP, randomise, tiny_faces, tiny_trainer
+
+from diffusion.clip import OPENAI_PREPROCESSING, Clip, make_noise_aware, new_model, save_folder
+from diffusion.losses import ClipSimilarity
+from diffusion.noise_level import LevelledConv
+from diffusion.schedule import Schedule
+from errors import InputError
+from lightning_modules.clip import ClipModule
+from lightning_modules.degrade import diffuse
+from lightning_modules.optim import OptimConfig
+
+
+def test_a_new_level_changes_nothing() -> None:
+    conv, x = torch.nn.Conv2d(3, 8, 3), torch.randn(2, 3, 8, 8)
+    levelled = LevelledConv(conv)
+    levelled.alpha_bar = torch.tensor([0.9, 0.1])
+    assert torch.equal(levelled(x), conv(x))
+
+
+def test_the_level_is_each_pictures_own() -> None:
+    levelled, x = randomise(LevelledConv(torch.nn.Conv2d(3, 8, 3))), torch.randn(1, 3, 8, 8).expand(2, -1, -1, -1)
+    levelled.alpha_bar = torch.tensor([0.9, 0.1])
+    both = levelled(x)
+    assert not torch.allclose(both[0], both[1])
+    levelled.alpha_bar = torch.tensor([0.1])
+    torch.testing.assert_close(levelled(x[:1])[0], both[1])
+    levelled.alpha_bar = None
+    clean = levelled(x[:1])
+    levelled.alpha_bar = torch.ones(1)
+    assert torch.equal(levelled(x[:1]), clean)
+
+
+@pytest.mark.parametrize("tower", ["ViT", "ResNet"])
+def test_a_noise_aware_folder_is_read_again_and_open_clip_opens_it_too(tower: str, tmp_path: Path) -> None:
+    import open_clip
+
+    config = TINY_CLIP if tower == "ViT" else {**TINY_CLIP, "vision_cfg": RESNET}
+    model = new_model(config).eval()
+    randomise(make_noise_aware(model))
+    save_folder(tmp_path, model.half().float(), config, {"size": 32, **OPENAI_PREPROCESSING})
+    clip, image = Clip.load(str(tmp_path)), torch.rand(2, 3, 32, 32) * 2 - 1
+    assert clip.noise_aware
+    levelled = clip.model.visual.conv1
+    torch.testing.assert_close(levelled.film.weight, model.visual.conv1.film.weight, atol=1e-3, rtol=1e-3)
+    features = [clip.encode_image(image, alpha_bar) for alpha_bar in (1.0, 0.3)]
+    assert not torch.allclose(*features, atol=1e-3)
+    plain = open_clip.create_model(f"local-dir:{tmp_path}", require_pretrained=True)
+    torch.testing.assert_close(plain.visual.conv1.weight, levelled.conv.weight)
+
+
+RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32}
+
+
+def test_the_noisy_similarity_tells_the_critic_the_noise_and_the_clean_one_does_not(tmp_path: Path) -> None:
+    model = new_model(TINY_CLIP)
+    randomise(make_noise_aware(model))
+    save_folder(tmp_path, model, TINY_CLIP, {"size": 16, **OPENAI_PREPROCESSING})
+    clip, image, step = Clip.load(str(tmp_path)), torch.rand(1, 3, 16, 16), Schedule.named("linear").step(700, 680)
+    text = clip.encode_text(["a man"])
+    for noisy, alpha_bar in ((True, step.alpha_bar_t), (False, 1.0)):
+        expected = (clip.encode_image(image, alpha_bar) * text).sum(dim=-1)
+        assert torch.equal(ClipSimilarity(clip, ["a man"], noisy)(image, step), expected)
+
+
+def test_it_learns_from_noise_on_top_of_another_clip(tmp_path: Path, tiny_clip: Path) -> None:
+    module = ClipModule(
+        clip=str(tiny_clip),
+        noise_aware=True,
+        save_dir=str(tmp_path / "out"),
+        levels=[50, 900],
+        optim=OptimConfig(learning_rate=1e-2),
+    )
+    trainer = tiny_trainer(tmp_path, max_steps=8)
+    trainer.fit(module, tiny_faces())
+    assert {"val/retrieval", "val/retrieval_t50", "val/retrieval_t900"} <= trainer.callback_metrics.keys()
+    clip, before = Clip.load(str(tmp_path / "out")), Clip.load(str(tiny_clip))
+    assert clip.noise_aware
+    assert not before.noise_aware
+    assert clip.model.visual.conv1.film.weight.abs().max() > 0
+    assert not torch.equal(clip.model.visual.proj, before.model.visual.proj)
+    again = ClipModule(clip=str(tiny_clip), save_dir=str(tmp_path / "out"))
+    with pytest.raises(InputError, match="not empty"):
+        tiny_trainer(tmp_path, max_steps=1).fit(again, tiny_faces())
+
+
+def test_diffusing_is_the_forward_process() -> None:
+    torch.manual_seed(0)
+    schedule, image = Schedule.named("cosine"), torch.full((4000, 1, 2, 2), 0.5)
+    x, alpha_bar = diffuse(image, schedule, [600] * 4000)
+    a = schedule.alpha_bar[600].item()
+    assert alpha_bar.unique().item() == pytest.approx(a)
+    assert x.mean().item() == pytest.approx(0.5 * a**0.5, abs=0.02)
+    assert x.var().item() == pytest.approx(1 - a, rel=0.05)
+    assert len(diffuse(image[:50], schedule)[1].unique()) > 30

@@ -1,0 +1,98 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from callbacks.evaluation import distances, markdown, summarise
+from diffusion.classifier import Classifier
+from diffusion.clip import Clip
+from diffusion.judge import load_judge, obeys
+from errors import InputError
+
+
+def row(weight: float, seed: int, gender: bool, age: bool, other: bool = True, shift: float = 0.0) -> dict:
+    return {
+        "text": "an old man",
+        "seed": seed,
+        "guidance_weight": weight,
+        "seen": {"judge": {"gender": gender, "age": age}, "other": {"gender": other}},
+        "clip_similarity": 0.5,
+        "held_out_similarity": 0.25,
+        "features": torch.tensor([seed + shift, 0.0]),
+        "cost": {"network_forwards": 50.0, "network_backwards": 50.0, "seconds": 2.0},
+    }
+
+
+ROWS = [
+    row(0, 1, True, False),
+    row(0, 2, False, False, other=False),
+    row(9, 1, True, True, shift=3.0),
+    row(9, 2, True, False, shift=1.0),
+]
+
+
+def test_the_table_counts_what_obeys() -> None:
+    plain, guided = summarise(ROWS)
+    assert (plain["obey"], guided["obey"]) == (0.0, 0.5)
+    assert (plain["single"], guided["single"]) == (0.25, 0.75)
+    assert guided["attributes"] == {"gender": 1.0, "age": 0.5}
+    assert plain["judges"] == {"judge": 0.0, "other": 0.5}
+    assert guided["obey_std"] == pytest.approx(0.5**0.5)
+    assert (plain["per_success"], guided["per_success"]) == (None, 200)
+    assert "drift" not in plain
+    assert guided["drift"] == 2.0
+    json.dumps([plain, guided])
+    assert "| 9 | 2 | 50% | 75% | 0.500 | 0.250 |  |  | 2.00 | 200 | 2.00 |" in markdown([plain, guided])
+
+
+def test_the_distances_are_those_of_gaussians_and_of_cubic_kernels() -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(200, 4), 1.5 * torch.randn(100, 4) + 0.3
+    found = distances(a, b)
+    x, y = a.double().numpy(), b.double().numpy()
+    root = _root(_cov(x))  # tr (Σ₁Σ₂)^½ = tr (Σ₁^½ Σ₂ Σ₁^½)^½
+    fid = ((x.mean(0) - y.mean(0)) ** 2).sum() + (_cov(x) + _cov(y) - 2 * _root(root @ _cov(y) @ root)).trace()
+    assert found["fid"] == pytest.approx(fid, rel=1e-4)
+    kernel = {name: (p @ q.T / 4 + 1) ** 3 for name, p, q in (("xx", x, x), ("yy", y, y), ("xy", x, y))}
+    off = {name: (k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for name, k in kernel.items() if name != "xy"}
+    assert found["kid"] == pytest.approx(off["xx"] + off["yy"] - 2 * kernel["xy"].mean(), rel=0.25)
+    assert distances(a, a)["fid"] == pytest.approx(0, abs=1e-6)
+
+
+def _cov(x: np.ndarray) -> np.ndarray:
+    return np.cov(x, rowvar=False)
+
+
+def _root(symmetric: np.ndarray) -> np.ndarray:
+    values, vectors = np.linalg.eigh(symmetric)
+    return vectors * np.sqrt(values.clip(min=0)) @ vectors.T
+
+
+def test_a_clip_judges_by_the_nearest_sentence(tiny_clip: Path) -> None:
+    entries = {
+        "gender": {"woman": {"prompt": "a woman", "words": ["woman"]}, "man": {"prompt": "a man", "words": ["man"]}},
+        "hair": {"red": {"prompt": "red hair", "words": ["red hair"]}, "grey": {"prompt": "grey", "words": ["grey"]}},
+    }
+    with pytest.raises(InputError, match=r"lacks judge\.json"):
+        load_judge(tiny_clip)
+    try:
+        (tiny_clip / "judge.json").write_text(json.dumps(entries))
+        judge, clip = load_judge(tiny_clip), Clip.load(str(tiny_clip))
+        (tiny_clip / "judge.json").write_text('{"gender": ["man"]}')
+        with pytest.raises(InputError, match=r"judge\.json can't be read"):
+            load_judge(tiny_clip)
+    finally:
+        (tiny_clip / "judge.json").unlink()
+    image = torch.rand(6, 3, 16, 16) * 2 - 1
+    nearest = (clip.encode_image(image) @ clip.encode_text(["a woman", "a man"]).T).argmax(dim=1)
+    verdicts = obeys(judge, image, ["a man with red hair"] * 5 + ["a person"])
+    assert [verdict["gender"] for verdict in verdicts[:5]] == (nearest[:5] == 1).tolist()
+    assert set(verdicts[0]) == {"gender", "hair"}
+    assert verdicts[5] == {}
+
+
+def test_features_tell_sets_apart_and_take_any_size() -> None:
+    judge = Classifier({"age": {"young": ["young"], "old": ["old"]}}, 8).eval()
+    assert judge.features(torch.randn(3, 3, 32, 48)).shape == (3, 32)
