@@ -13,7 +13,9 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/installed
-	$(RUN) cli.py predict -c configs/faces.yaml -c configs/figure.yaml --save_dir out/demo
+	$(RUN) cli.py predict -c configs/faces.yaml \
+	  --text "an old man with a smile" "a young girl with brown hair" \
+	  --guidance_weight 1 10 80 --n_samples 4 --seed 1 --save_dir out/demo
 	@echo "The pictures lie in out/demo; all of them at once in out/demo/grid.png"
 
 test: $(VENV)/installed

@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from diffusion.classifier import Classifier, check_named
+from diffusion.classifier import Classifier, check_named, named
 from diffusion.judge import ClipJudge, load_judge, obeys
 from diffusion.weights import whole
 from errors import InputError
@@ -28,7 +28,9 @@ class Evaluation(L.Callback):
             measure fidelity, or a CLIP's folder with ``judge.json``. The first one's verdict is the table's.
         save_dir: where ``report.json`` goes.
         overwrite: replace one that is there.
-        data: what pictures are compared with, by its validation set; without one, fidelity is left out.
+        data: what pictures are compared with, by its validation set; without one, fidelity is left out. Where its
+            pictures have labels, in the order of the classifier's attributes, guided ones are compared with those that
+            their texts are true of, in equal shares; unguided ones with all.
     """
 
     def __init__(
@@ -102,7 +104,7 @@ class Evaluation(L.Callback):
             rows = [row for part in parts for row in part]
         if not trainer.is_global_zero:
             return
-        reference = None if self.features is None or self.data is None else reference_of(self.data, self.features)
+        reference = None if self.features is None or self.data is None else Reference(self.data, self.features)
         table = summarise(rows, reference)
         texts = [
             {"text": text, **entry}
@@ -154,12 +156,34 @@ class Cost:
             hook.remove()
 
 
-def reference_of(data: L.LightningDataModule, classifier: Classifier) -> Tensor:
-    """(N, C): features of the validation set."""
-    data.setup("validate")
-    device = next(classifier.parameters()).device
-    with torch.no_grad():
-        return torch.cat([classifier.features(b["image"].to(device)).cpu() for b in data.val_dataloader()])
+class Reference:
+    """Features of a validation set, and which of its pictures a text is true of."""
+
+    def __init__(self, data: L.LightningDataModule, classifier: Classifier) -> None:
+        data.setup("validate")
+        device, features, labels = next(classifier.parameters()).device, [], []
+        with torch.no_grad():
+            for batch in data.val_dataloader():
+                features.append(classifier.features(batch["image"].to(device)).cpu())
+                labels.append(batch.get("labels"))
+        self.features, self.vocabulary = torch.cat(features), classifier.vocabulary
+        self.labels = None if labels[0] is None else torch.cat(labels)  # (N, attributes)
+
+    def of(self, texts: list[str]) -> Tensor:
+        """(M, C): as many pictures for each text as there are of the rarest; all pictures where there are no labels."""
+        if self.labels is None:
+            return self.features
+        found = []
+        for text in dict.fromkeys(texts):
+            true = torch.ones(len(self.labels), dtype=torch.bool)
+            for name, value in named(self.vocabulary, text).items():
+                column = list(self.vocabulary).index(name)
+                true &= self.labels[:, column] == list(self.vocabulary[name]).index(value)
+            found.append(self.features[true])
+        share = min(len(each) for each in found)
+        if share < 2:
+            return self.features
+        return torch.cat([each[:share] for each in found])
 
 
 class _Features(nn.Module):
@@ -190,7 +214,7 @@ def distances(made: Tensor, reference: Tensor) -> dict[str, float]:
         return {"fid": fid.compute().item(), "kid": kid.compute()[0].item()}
 
 
-def summarise(rows: list[Row], reference: Tensor | None = None) -> list[Row]:
+def summarise(rows: list[Row], reference: Reference | None = None) -> list[Row]:
     """One entry for each weight.
 
     ``obey`` is the share of pictures in which the first judge sees all that the text names and ``obey_std`` its spread
@@ -229,7 +253,8 @@ def summarise(rows: list[Row], reference: Tensor | None = None) -> list[Row]:
         if group[0]["features"] is not None:
             made = torch.stack([row["features"] for row in group])
             if reference is not None and len(made) > 1:
-                entry |= distances(made, reference)
+                like = reference.of([row["text"] for row in group]) if weight else reference.features
+                entry |= {**distances(made, like), "reference": len(like)}
             if weight and plain:
                 twins = torch.stack([plain[row["seed"]] for row in group])
                 entry["drift"] = (made - twins).norm(dim=1).mean().item()

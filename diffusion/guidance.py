@@ -206,7 +206,8 @@ class GradientGuidance:
         gradient: where the gradient is taken.
         shift: how it is injected.
         scale: what the weight is multiplied by at each step.
-        limit: the largest root mean square of what is injected; more is scaled down, image by image.
+        limit: how far the mean may be moved, as a share of the noise that a step adds: the largest root mean square of
+            σ_t·s·g, whose like in the noise is 1. What is more is scaled down, image by image.
         required: whether a gradient of 0 is an error, as it is for what a text asks.
 
     Raises:
@@ -231,7 +232,8 @@ class GradientGuidance:
         scale = 1.0 if self.scale is None else self.scale(g, pred, step)
         direction = self.weight[:, None, None, None] * scale * g
         if self.limit is not None:
-            direction = direction * (self.limit / rms(direction).clamp(min=self.limit))
+            move = rms(pred.variance.sqrt() * direction)
+            direction = direction * (self.limit / move.clamp(min=self.limit))
         direction = torch.where(guided[:, None, None, None], direction, 0)
         return self.shift(pred, direction, step)
 

@@ -96,6 +96,16 @@ def glide(critic: Critic, weight: Tensor) -> list[Guidance]:
     return [GradientGuidance(critic.evidence, weight, grad_noisy, shift_mean)]
 
 
+@method("evidence", 10, critic="noisy clip")
+def evidence(critic: Critic, weight: Tensor) -> list[Guidance]:
+    """μ + s·σ_t²·∇_{x_t} log p(y | x_t) with a noise-aware CLIP, never further than a twentieth of the noise.
+
+    Ours: GLIDE's, with a limit on the ratio of guidance to noise, so that a large weight decides early and for good
+    and does not leave the pictures that the model knows. No pass goes backwards through the U-Net.
+    """
+    return [GradientGuidance(critic.evidence, weight, grad_noisy, shift_mean, limit=0.05)]
+
+
 @method("evidence", 10, critic="classifier")
 def classifier_guidance(critic: Critic, weight: Tensor) -> list[Guidance]:
     """μ + s·σ_t²·∇_{x_t} log p(y | x_t) with a noise-aware classifier (Dhariwal & Nichol 2021, Alg. 1)."""
@@ -190,6 +200,7 @@ MethodName = Literal[
     "clip_guidance_pixel",
     "score_guidance",
     "glide",
+    "evidence",
     "classifier_guidance",
     "dps",
     "freedom",

@@ -4,12 +4,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
-from callbacks.evaluation import distances, markdown, summarise
+from callbacks.evaluation import Reference, distances, markdown, summarise
+from datamodules.faces import FacesDataModule
 from diffusion.classifier import Classifier
 from diffusion.clip import Clip
 from diffusion.judge import load_judge, obeys
 from errors import InputError
+
+JUDGE = Path(__file__).parent.parent / "configs/faces_judge.yaml"
 
 
 def row(weight: float, seed: int, gender: bool, age: bool, other: bool = True, shift: float = 0.0) -> dict:
@@ -96,3 +100,23 @@ def test_a_clip_judges_by_the_nearest_sentence(tiny_clip: Path) -> None:
 def test_features_tell_sets_apart_and_take_any_size() -> None:
     judge = Classifier({"age": {"young": ["young"], "old": ["old"]}}, 8).eval()
     assert judge.features(torch.randn(3, 3, 32, 48)).shape == (3, 32)
+
+
+def test_guided_pictures_are_compared_with_those_that_their_texts_are_true_of() -> None:
+    vocabulary = yaml.safe_load(JUDGE.read_text())["model"]["init_args"]["vocabulary"]
+    classifier, data = Classifier(vocabulary, 8).eval(), FacesDataModule(size=16, val_count=200, batch_size=50)
+    reference = Reference(data, classifier)
+    faces = [data.val_set[i] for i in range(200)]
+    true = {"a man": {0: 1}, "an old woman with red hair": {0: 0, 1: 1, 2: 3}}
+    matches = {
+        text: [i for i, face in enumerate(faces) if all(face["labels"][c] == v for c, v in wanted.items())]
+        for text, wanted in true.items()
+    }
+    share = min(map(len, matches.values()))
+    picked = [faces[i]["image"] for text in true for i in matches[text][:share]]
+    with torch.no_grad():
+        expected = classifier.features(torch.stack(picked))
+    torch.testing.assert_close(reference.of(list(true)), expected, atol=1e-5, rtol=1e-5)
+    assert len(reference.features) == 200
+    reference.labels = None
+    assert len(reference.of(list(true))) == 200

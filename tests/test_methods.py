@@ -174,6 +174,21 @@ def test_glide_takes_the_gradient_at_x_t_of_a_clip_that_knows_its_noise(drawn, t
     moved("glide", clip, drawn, walk.plain + by(PLAIN) * walk.variance * gradient, walk, noisy=True)
 
 
+@pytest.mark.parametrize("strength", [0.05, 1e4])
+def test_evidence_is_glides_step_up_to_a_twentieth_of_the_noise(drawn, tiny_clip: Path, strength: float) -> None:
+    clip, walk = Clip.load(str(tiny_clip)), Walk(drawn)
+    level = randomise(make_noise_aware(clip.model), seed=4)
+    clip.noise_aware = True
+    level.alpha_bar = torch.tensor([AT, AT])
+    x = drawn[0].clone().requires_grad_()
+    gradient = torch.autograd.grad(logit(x, clip).sum(), x)[0]
+    move = by(strength * PLAIN) * walk.variance * gradient
+    share = move.square().mean(dim=(1, 2, 3), keepdim=True).sqrt() / walk.variance**0.5
+    assert (share > 0.05).all() == (strength > 1)
+    expected = walk.plain + move * (0.05 / share).clamp(max=1)
+    moved("evidence", clip, drawn, expected, walk, weight=strength * PLAIN, noisy=True)
+
+
 def test_classifier_guidance_is_algorithm_1(drawn) -> None:
     vocabulary = {"gender": {"woman": ["girl"], "man": ["man"]}, "hair": {"red": ["red hair"], "grey": ["grey hair"]}}
     torch.manual_seed(0)
