@@ -12,13 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 from jsonargparse import auto_cli
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from callbacks.evaluation import markdown  # noqa: E402
+from callbacks.evaluation import curve, markdown  # noqa: E402
 from cli import main  # noqa: E402
 
 SHIPPED = ROOT / "checkpoints/faces64"
@@ -67,7 +66,7 @@ def compare(
                 reports.setdefault(name, []).extend(json.loads(report.read_text())["table"])
     if reports:
         (save_dir / "table.md").write_text(table(reports))
-        figure(reports, save_dir / "figure.png")
+        curve(reports).savefig(save_dir / "figure.png", dpi=150)
         print(table(reports))
 
 
@@ -80,25 +79,6 @@ def table(reports: dict[str, list[dict[str, Any]]]) -> str:
             label = name if entry["guidance_weight"] else "unguided"
             rows.append(f"| {label} {markdown([entry]).splitlines()[-1]}")
     return "\n".join(rows) + "\n"
-
-
-def figure(reports: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Obedience against fidelity, a line for each method over its weights."""
-    plot, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for name, entries in reports.items():
-        guided = [entry for entry in entries if entry["guidance_weight"]]
-        places = [(entry["fid"], 100 * entry["obey"]) for entry in guided]
-        if places:
-            axes.plot(*zip(*places, strict=True), "o-", label=name)
-        for entry, place in zip(guided, places, strict=True):
-            axes.annotate(f"{entry['guidance_weight']:g}", place, textcoords="offset points", xytext=(5, 4), fontsize=8)
-        for entry in entries:
-            if not entry["guidance_weight"]:
-                axes.plot(entry["fid"], 100 * entry["obey"], "k*", markersize=11, label="unguided")
-    axes.set(xlabel="FID to unseen faces that the texts are true of", ylabel="obey their whole text, %", ylim=(0, 102))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    plot.savefig(path, dpi=150)
 
 
 if __name__ == "__main__":

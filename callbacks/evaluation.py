@@ -1,6 +1,7 @@
 """Scores what ``test`` draws: whether it obeys, whether it is still a picture, and what it cost."""
 
 import json
+import resource
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -8,7 +9,9 @@ from typing import Any
 
 import lightning as L
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 
 from diffusion.classifier import Classifier, check_named, named
 from diffusion.judge import ClipJudge, load_judge, obeys
@@ -19,7 +22,7 @@ Row = dict[str, Any]
 
 
 class Evaluation(L.Callback):
-    """Judges pictures, prints a table and writes ``report.json``.
+    """Judges pictures, prints a table, and writes ``report.json`` and the curve over the weights, for TensorBoard too.
 
     A picture obeys where a judge sees every attribute that its text names.
 
@@ -114,11 +117,19 @@ class Evaluation(L.Callback):
         report = {"provenance": self.provenance, "table": table, "texts": texts}
         with whole(self.report) as aside:
             aside.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+        if "fid" in table[-1] and len(table) > 1:
+            drawn = curve({self.provenance["method"]: table})
+            drawn.savefig(self.report.with_name("curve.png"), dpi=150)
+            with SummaryWriter(str(self.report.parent)) as writer:
+                writer.add_figure("obedience against fidelity", drawn)
         print(f"{markdown(table)}\n\n{markdown_of_texts(texts)}\n\nwritten to {self.report}")
 
 
 class Cost:
-    """Counts what a batch takes: passes through the network and the critic, seconds, and memory on a GPU."""
+    """Counts what a batch takes: passes through the network and CLIP, seconds, and the peak of memory.
+
+    On a GPU the peak is of the batch; on a CPU it is the process's so far.
+    """
 
     def __init__(self, module: L.LightningModule) -> None:
         self.device, self.counts = module.device, defaultdict(float)
@@ -144,12 +155,14 @@ class Cost:
         self.since = time.perf_counter()
 
     def stop(self, pictures: int) -> dict[str, float]:
-        """A picture's share."""
+        """A picture's share; the peak is not shared."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-            self.counts["gpu_bytes"] = torch.cuda.max_memory_allocated(self.device)
+            peak = torch.cuda.max_memory_allocated(self.device)
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         self.counts["seconds"] = time.perf_counter() - self.since
-        return {name: count / pictures for name, count in self.counts.items()}
+        return {name: count / pictures for name, count in self.counts.items()} | {"peak_bytes": peak}
 
     def remove(self) -> None:
         for hook in self.hooks:
@@ -236,6 +249,7 @@ def summarise(rows: list[Row], reference: Reference | None = None) -> list[Row]:
         answers = [(name, right) for row in group for name, right in row["seen"][first].items()]
         names = dict.fromkeys(name for name, _ in answers)
         cost = {name: _mean([row["cost"][name] for row in group]) for name in group[0]["cost"]}
+        cost["peak_bytes"] = max(row["cost"]["peak_bytes"] for row in group)
         passes = cost["network_forwards"] + cost["network_backwards"]
         entry = {
             "guidance_weight": weight,
@@ -268,6 +282,25 @@ def _mean(values: list[float | bool | None]) -> float | None:
 
 def _shown(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
+
+
+def curve(tables: dict[str, list[Row]]) -> Figure:
+    """Obedience against fidelity: a line over its weights for each method, and a star for unguided pictures."""
+    drawn = Figure(figsize=(8, 5), layout="constrained")
+    axes = drawn.add_subplot()
+    for name, entries in tables.items():
+        guided = [entry for entry in entries if entry["guidance_weight"]]
+        axes.plot([entry["fid"] for entry in guided], [100 * entry["obey"] for entry in guided], "o-", label=name)
+        for entry in guided:
+            place = (entry["fid"], 100 * entry["obey"])
+            axes.annotate(f"{entry['guidance_weight']:g}", place, textcoords="offset points", xytext=(5, 4), fontsize=8)
+        for entry in entries:
+            if not entry["guidance_weight"]:
+                axes.plot(entry["fid"], 100 * entry["obey"], "k*", markersize=11, label="unguided")
+    axes.set(xlabel="FID (lower is better)", ylabel="pictures that obey their whole text, %", ylim=(0, 104))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return drawn
 
 
 COLUMNS = (  # heading, key, format

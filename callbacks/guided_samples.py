@@ -9,6 +9,9 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from callbacks.figure import Cell, figure
 from callbacks.prediction_writer import save_png, to_picture
+from diffusion.classifier import check_named
+from diffusion.judge import load_judge, obeys
+from diffusion.methods import METHODS
 
 
 class GuidedSamples(L.Callback):
@@ -18,24 +21,33 @@ class GuidedSamples(L.Callback):
 
     Args:
         text: sentences; without any, the samples are unguided.
-        guidance_weight: of each text.
+        guidance_weight: of each text; the method's own by default.
         n_samples: seeds.
         seed: the first.
         every_n_steps: optimiser steps between two drawings.
+        judge: who says how many of the guided samples obey, as for ``test``; logged as ``samples/obey``.
     """
 
     def __init__(
         self,
         text: list[str] | None = None,
-        guidance_weight: float = 100.0,
+        guidance_weight: float | None = None,
         n_samples: int = 4,
         seed: int = 0,
         every_n_steps: int = 1000,
+        judge: str | None = None,
     ) -> None:
-        plain = [Cell(s, "", 0.0) for s in range(seed, seed + n_samples)]
-        guided = [Cell(s, t, guidance_weight) for t in text or [] for s in range(seed, seed + n_samples)]
-        self.cells, self.every_n_steps = plain + guided, every_n_steps
+        self.text, self.guidance_weight, self.every_n_steps = text or [], guidance_weight, every_n_steps
+        self.seeds = range(seed, seed + n_samples)
+        self.judge = None if judge is None else load_judge(Path(judge))
+        for sentence in self.text if self.judge else []:
+            check_named(self.judge.vocabulary, sentence, "judge")
         self._drawn_step = 0
+
+    def cells(self, method: str) -> list[Cell]:
+        weight = METHODS[method].weight if self.guidance_weight is None else self.guidance_weight
+        plain = [Cell(seed, "", 0.0) for seed in self.seeds]
+        return plain + [Cell(seed, sentence, weight) for sentence in self.text for seed in self.seeds]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._drawn_step = trainer.global_step
@@ -52,12 +64,18 @@ class GuidedSamples(L.Callback):
                 self.draw(trainer, pl_module, step)
 
     def draw(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
+        cells = self.cells(pl_module.sampling.method)
         images = pl_module.draw(
-            [cell.text for cell in self.cells],
-            [cell.seed for cell in self.cells],
-            [cell.guidance_weight for cell in self.cells],
+            [cell.text for cell in cells],
+            [cell.seed for cell in cells],
+            [cell.guidance_weight for cell in cells],
         )
-        sheet = figure({cell: to_picture(image) for cell, image in zip(self.cells, images, strict=True)})
+        sheet = figure({cell: to_picture(image) for cell, image in zip(cells, images, strict=True)})
+        if self.judge is not None and self.text and trainer.logger is not None:
+            guided = images[len(self.seeds) :].cpu()
+            verdicts = obeys(self.judge, guided, [cell.text for cell in cells if cell.text])
+            share = sum(all(seen.values()) for seen in verdicts) / len(verdicts)
+            trainer.logger.log_metrics({"samples/obey": share}, step)
         if isinstance(trainer.logger, L.pytorch.loggers.TensorBoardLogger):
             trainer.logger.experiment.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
         if trainer.log_dir is not None:

@@ -9,6 +9,7 @@ import torch
 import yaml
 from layouts import Pesser
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cli import main
 from diffusion.classifier import Classifier, save_classifier
@@ -31,6 +32,7 @@ def config(tmp_path: Path, tiny_weights: Path, tiny_clip: Path) -> str:
     trainer["logger"]["init_args"]["save_dir"] = str(tmp_path / "runs")
     for callback in trainer["callbacks"]:
         arguments = callback.get("init_args", {})
+        arguments |= {"judge": str(ROOT / arguments["judge"])} if "judge" in arguments else {}
         arguments |= {name: 4 for name in ("every_n_train_steps", "every_n_steps") if name in arguments}
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(faces | {"trainer": trainer}))
@@ -157,8 +159,9 @@ def test_short_flags_reach_the_model(config: str, tmp_path: Path) -> None:
 def test_fit_logs_saves_and_resumes_and_predict_takes_what_it_saved(config: str, tmp_path: Path) -> None:
     main(["fit", "-c", config])
     last = next((tmp_path / "runs").rglob("last.ckpt"))
-    assert list((tmp_path / "runs").rglob("events.out.tfevents*"))
     assert list((tmp_path / "runs").rglob("config.fit.yaml"))
+    events = EventAccumulator(str(last.parent.parent)).Reload()
+    assert [0 <= event.value <= 1 for event in events.Scalars("samples/obey")] == [True]
     main(["fit", "-c", config, "--ckpt_path", str(last), "--trainer.max_steps", "6"])
     main(["validate", "-c", config, "--ckpt_path", str(last)])
     predict(config, tmp_path / "a", "--ckpt_path", str(last), "--n_samples", "1")
@@ -221,6 +224,9 @@ def test_test_judges_what_obeys(config: str, tmp_path: Path, capsys: pytest.Capt
     assert guided["cost"]["network_backwards"] > 0
     assert guided["drift"] > 0
     assert {"fid", "kid"} < plain.keys()
+    assert plain["cost"]["peak_bytes"] > 2**20
+    assert Image.open(tmp_path / "out/curve.png").size == (1200, 750)
+    assert list((tmp_path / "out").glob("events.out.tfevents*"))
     assert [(row["text"], row["guidance_weight"]) for row in report["texts"]] == [
         ("an old man with a smile", 0),
         ("an old man with a smile", 50),

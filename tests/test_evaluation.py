@@ -25,7 +25,7 @@ def row(weight: float, seed: int, gender: bool, age: bool, other: bool = True, s
         "clip_similarity": 0.5,
         "held_out_similarity": 0.25,
         "features": torch.tensor([seed + shift, 0.0]),
-        "cost": {"network_forwards": 50.0, "network_backwards": 50.0, "seconds": 2.0},
+        "cost": {"network_forwards": 50.0, "network_backwards": 50.0, "seconds": 2.0, "peak_bytes": 7},
     }
 
 
@@ -47,6 +47,7 @@ def test_the_table_counts_what_obeys() -> None:
     assert (plain["per_success"], guided["per_success"]) == (None, 200)
     assert "drift" not in plain
     assert guided["drift"] == 2.0
+    assert guided["cost"]["peak_bytes"] == 7
     json.dumps([plain, guided])
     assert "| 9 | 2 | 50% | 75% | 0.500 | 0.250 |  |  | 2.00 | 200 | 2.00 |" in markdown([plain, guided])
 
