@@ -133,7 +133,7 @@ class Cost:
 
     def __init__(self, module: L.LightningModule) -> None:
         self.device, self.counts = module.device, defaultdict(float)
-        critics = [clip.model.visual for clip in module.clips] if module.clip_names else []
+        critics = [clip.model.visual for clip in module.critics.loaded()]
         self.hooks = [module.unet.register_forward_hook(self._counted("network_forwards", "network_backwards"))]
         self.hooks += [critic.register_forward_hook(self._counted("critic_passes", None)) for critic in critics]
 

@@ -84,10 +84,11 @@ class PredictionWriter(BasePredictionWriter):
     def _check_same_weights(self, provenance: dict[str, Any]) -> None:
         before = self.rows()[0]
         for name in ("weights_hash", "clip_hash", "noisy_clip_hash", "classifier_hash"):
-            if before[name] != provenance[name]:
+            there, here = before.get(name), provenance.get(name)
+            if there != here:
                 raise InputError(
-                    f"save_dir: {self.save_dir} holds pictures by other weights ({name} {before[name]} there, "
-                    f"{provenance[name]} here); another folder would do"
+                    f"save_dir: {self.save_dir} holds pictures by other weights ({name} {there} there, {here} here); "
+                    "another folder would do"
                 )
 
     def write_on_batch_end(

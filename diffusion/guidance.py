@@ -282,8 +282,8 @@ class Within:
     """A guidance that acts at ``low < t ≤ high`` alone."""
 
     guidance: Guidance
-    low: int
-    high: int
+    low: float
+    high: float
 
     def needs_graph(self, step: Step) -> bool:
         return self.low < step.t <= self.high and self.guidance.needs_graph(step)

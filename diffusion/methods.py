@@ -9,7 +9,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -19,7 +19,6 @@ from diffusion.guidance import (
     GradientGuidance,
     Guidance,
     Together,
-    Within,
     grad_blended,
     grad_clean,
     grad_denoised,
@@ -50,6 +49,7 @@ class Method:
         weight: what the authors use, or what a person may begin with.
         repeats: how often each step is walked, with the noise put back in between (recurrence, time travel).
         critic: what kind of critic it asks.
+        interval: the shares of T between which it guides.
     """
 
     guide: Guide
@@ -57,16 +57,17 @@ class Method:
     weight: float
     repeats: int = 1
     critic: Kind = "clip"
+    interval: tuple[float, float] = (0.0, 1.0)
 
 
 METHODS: dict[str, Method] = {}
 
 
-def method(unit: Unit, weight: float, repeats: int = 1, critic: Kind = "clip") -> Callable[[Guide], Guide]:
-    """Name a factory as a method."""
+def method(unit: Unit, weight: float, **settings: Any) -> Callable[[Guide], Guide]:
+    """Name a factory as a method; the arguments are those of :class:`Method`."""
 
     def add(guide: Guide) -> Guide:
-        METHODS[guide.__name__] = Method(guide, unit, weight, repeats, critic)
+        METHODS[guide.__name__] = Method(guide, unit, weight, **settings)
         return guide
 
     return add
@@ -129,15 +130,14 @@ def freedom(critic: Critic, weight: Tensor) -> list[Guidance]:
     return [GradientGuidance(Distance(critic.cosine), weight, grad_denoised, shift_sample, rho)]
 
 
-@method("step", 1)
+@method("step", 1, interval=(0.1, 1))
 def mpgd(critic: Critic, weight: Tensor) -> list[Guidance]:
-    """x̂0 − (ρ/√ᾱ_s)·∇_{x̂0}‖E_image(x̂0) − E_text‖ with ρ = 1 until t = 100 (He et al. 2023)."""
+    """x̂0 − (ρ/√ᾱ_s)·∇_{x̂0}‖E_image(x̂0) − E_text‖ with ρ = 1, down to t = T/10 (He et al. 2023)."""
 
     def over_root(g: Tensor, pred: Prediction, step: Step) -> float:
         return step.alpha_bar_s**-0.5
 
-    step = GradientGuidance(Distance(critic.cosine), weight, grad_clean, shift_x0, over_root)
-    return [Within(step, 100, 10**9)]
+    return [GradientGuidance(Distance(critic.cosine), weight, grad_clean, shift_x0, over_root)]
 
 
 @method("step", 1, repeats=5)
@@ -221,6 +221,7 @@ class SamplingConfig:
     Args:
         method: how the text guides.
         repeats: how often each step is walked, with the noise put back in between; the method's own by default.
+        interval: the shares of T between which a text guides, such as 0.2 0.8; the method's own by default.
         skip_steps: reverse steps to take.
         skip_type: how they are spread over the noise levels.
         ddim: take DDIM's steps in place of DDPM's.
@@ -234,6 +235,7 @@ class SamplingConfig:
 
     method: MethodName = "clip_guidance"
     repeats: int | None = None
+    interval: tuple[float, float] | None = None
     skip_steps: int = 50
     skip_type: SkipType = "uniform"
     ddim: bool = False
@@ -247,3 +249,5 @@ class SamplingConfig:
             raise InputError(f"sampling.batch_multiple: {self.batch_multiple} given; 1 or more would do")
         if self.repeats is not None and self.repeats < 1:
             raise InputError(f"sampling.repeats: {self.repeats} given; 1 or more would do")
+        if self.interval is not None and not 0 <= self.interval[0] < self.interval[1] <= 1:
+            raise InputError(f"sampling.interval: {self.interval} given; two rising numbers from 0 to 1 would do")

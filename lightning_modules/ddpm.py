@@ -12,17 +12,15 @@ from tqdm import tqdm
 
 from diffusion.architecture import Architecture, default_var_type
 from diffusion.bound import variational_bound
-from diffusion.classifier import Classifier, load_classifier
-from diffusion.clip import Clip
 from diffusion.denoiser import NetworkDenoiser, Parametrisation, VarType, to_x0, training_target
-from diffusion.guidance import Clamp, GuidanceError, GuidedDenoiser, RefuseFlat
-from diffusion.losses import ClassifierAnswer, ClipAnswer, ClipSimilarity, Critic, Ensemble, Scaled
-from diffusion.methods import METHODS, SamplingConfig
+from diffusion.guidance import Clamp, GuidanceError, GuidedDenoiser, RefuseFlat, Within
+from diffusion.methods import METHODS, Method, SamplingConfig
 from diffusion.sampling import Noise, State, ancestral, ddim, sample
 from diffusion.schedule import Betas, Schedule, ScheduleName, Step, time_travel
 from diffusion.unet import UNet, UNetConfig
 from diffusion.weights import Weights, load_weights, save_weights, state_hash
 from errors import InputError
+from lightning_modules.critics import Critics
 from lightning_modules.ema import EMA
 from lightning_modules.optim import OptimConfig, adamw
 
@@ -84,21 +82,14 @@ class DDPMModule(L.LightningModule):
         )
         self.use_ema = use_ema
         self.weights_path, self.default_weights = weights, default_weights
-        self.clip_names = [clip] if isinstance(clip, str) else clip or []
-        self.clip_weights = [1.0] * len(self.clip_names) if clip_weights is None else clip_weights
-        if len(self.clip_weights) != len(self.clip_names) or not all(weight > 0 for weight in self.clip_weights):
-            raise InputError(f"clip_weights: {self.clip_weights} given; a number above 0 for each clip would do")
-        self.noisy_clip_name, self.bank, self.classifier_path = noisy_clip, bank or [], classifier
+        names = [clip] if isinstance(clip, str) else clip or []
+        self.critics = Critics(names, clip_weights, noisy_clip, bank, classifier)
         self.sampling = sampling
         self.optim = optim
         self.ema_decay = ema_decay
         self.save_path = None if save_path is None else Path(save_path)
         self.unet: UNet | None = None
         self.trained = False  # whether the network has weights from anywhere but chance
-        # frozen: no part of the module's parameters, checkpoint or optimiser
-        self._clips: list[Clip] = []
-        self._noisy_clip: Clip | None = None
-        self._classifier: Classifier | None = None
         self._provenance: dict[str, Any] | None = None
 
     def configure_model(self) -> None:
@@ -178,54 +169,6 @@ class DDPMModule(L.LightningModule):
 
     # sampling
 
-    @property
-    def clips(self) -> list[Clip]:
-        if not self.clip_names:
-            raise InputError("clip: none given; an open_clip folder or name would do, for there is a text to obey")
-        if not self._clips:
-            self._clips = [Clip.load(name) for name in self.clip_names]
-        return [clip.to(self.device) for clip in self._clips]
-
-    @property
-    def noisy_clip(self) -> Clip:
-        if self._noisy_clip is None:
-            name, wanted = self.noisy_clip_name, "one that configs/faces_noisy_clip.yaml makes would do"
-            if name is None:
-                raise InputError(
-                    f"noisy_clip: none given, and {self.sampling.method} looks at noisy pictures; {wanted}"
-                )
-            self._noisy_clip = Clip.load(name)
-            if not self._noisy_clip.noise_aware:
-                raise InputError(f"noisy_clip: {name} knows no noise; {wanted}")
-        return self._noisy_clip.to(self.device)
-
-    @property
-    def classifier(self) -> Classifier:
-        if self._classifier is None:
-            path, wanted = self.classifier_path, "one that configs/faces_classifier.yaml makes would do"
-            if path is None:
-                raise InputError(f"classifier: none given, and {self.sampling.method} needs one; {wanted}")
-            self._classifier = load_classifier(Path(path), "classifier")
-            if not self._classifier.noise_aware:
-                raise InputError(f"classifier: {path} knows no noise; {wanted}")
-        return self._classifier.to(self.device)
-
-    def similarity(self, text: Sequence[str]) -> Ensemble:
-        """The cosine of each picture and its text."""
-        return Ensemble([ClipSimilarity(clip, spared(text)) for clip in self.clips], self.clip_weights)
-
-    def critic(self, text: Sequence[str], noise: Noise) -> Critic:
-        """What the method asks whether a picture obeys."""
-        kind, texts = METHODS[self.sampling.method].critic, spared(text)
-        if kind == "classifier":
-            return Critic(None, ClassifierAnswer(self.classifier, texts), noise)
-        noisy = kind == "noisy clip"
-        clips, weights = ([self.noisy_clip], [1.0]) if noisy else (self.clips, self.clip_weights)
-        cosine = Ensemble([ClipSimilarity(clip, texts, noisy) for clip in clips], weights)
-        if not self.bank:
-            return Critic(cosine, Scaled(cosine, cosine.logit_scale), noise)
-        return Critic(cosine, Ensemble([ClipAnswer(clip, texts, self.bank, noisy) for clip in clips], weights), noise)
-
     def sample(self, text: Sequence[str], seed: Sequence[int], guidance_weight: Sequence[float]) -> Iterator[State]:
         """Walk from noise to pictures, one for each text, seed and weight (lists of one length).
 
@@ -238,7 +181,12 @@ class DDPMModule(L.LightningModule):
         guidances = [Clamp()] if self.clip_denoised else []
         if any(guidance_weight):
             weight = torch.tensor(guidance_weight, device=self.device)
-            guidances += [RefuseFlat(weight), *METHODS[config.method].guide(self.critic(text, noise), weight)]
+            critic = self.critics.critic(self.method.critic, text, noise, self.device)
+            low, high = self.interval
+            if not any(low < step.t <= high for step in self.steps):
+                raise InputError(f"sampling.interval: no step lies in ({low:g}, {high:g}]; a wider one would do")
+            for guidance in (RefuseFlat(weight), *self.method.guide(critic, weight)):
+                guidances.append(Within(guidance, low, high))
         update = ddim(config.ddim_eta) if config.ddim else ancestral
         return sample(GuidedDenoiser(denoise, guidances), self.steps, update, noise)
 
@@ -275,8 +223,19 @@ class DDPMModule(L.LightningModule):
         return time_travel(steps, self.repeats)
 
     @property
+    def method(self) -> Method:
+        return METHODS[self.sampling.method]
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The t above which, and down from which, a text guides; all of them from −1 on."""
+        low, high = self.sampling.interval or self.method.interval
+        top = len(self.schedule)
+        return (low * top if low > 0 else -1), high * top
+
+    @property
     def repeats(self) -> int:
-        return self.sampling.repeats or METHODS[self.sampling.method].repeats
+        return self.sampling.repeats or self.method.repeats
 
     def predict_step(self, batch: dict[str, list], batch_idx: int) -> dict[str, Any]:
         """Make the pictures of a batch of requests (a list for each of index, text, seed and guidance_weight).
@@ -306,9 +265,9 @@ class DDPMModule(L.LightningModule):
 
     @torch.no_grad()
     def clip_similarity(self, image: Tensor, text: Sequence[str]) -> list[float | None]:
-        if not any(text) or not self.clip_names:
+        if not any(text) or not self.critics.names:
             return [None] * len(text)
-        cosines = self.similarity(text)(image).tolist()
+        cosines = self.critics.similarity(text, self.device)(image).tolist()
         return [cosine if sentence else None for cosine, sentence in zip(cosines, text, strict=True)]
 
     def provenance(self) -> dict[str, Any]:
@@ -319,34 +278,21 @@ class DDPMModule(L.LightningModule):
                 "method": config.method,
                 "steps": config.skip_steps,
                 "repeats": self.repeats,
+                "interval": list(self.sampling.interval or self.method.interval),
                 "skip_type": config.skip_type,
                 "sampler": f"ddim(eta={config.ddim_eta:g})" if config.ddim else "ddpm",
                 "var_type": self.var_type,
                 "clip_denoised": self.clip_denoised,
                 "weights": None if self.trainer.training else str(self.weights_path or self.trainer.ckpt_path),
                 "weights_hash": state_hash(self.ema.average),
-                "bank": self.bank,
-                "noisy_clip": self.noisy_clip_name,
-                "noisy_clip_hash": None if self._noisy_clip is None else self._noisy_clip.hash,
-                "classifier": self.classifier_path,
-                "classifier_hash": None if self._classifier is None else state_hash(self._classifier.state_dict()),
-                "clip": self._joined(self.clip_names),
-                "clip_hash": self._joined([clip.hash for clip in self._clips]),
+                **self.critics.provenance(self.method.critic),
                 "device": self.device.type,
             }
         return self._provenance
 
-    def _joined(self, names: list[str]) -> str | None:
-        if len(names) < 2:
-            return next(iter(names), None)
-        return " + ".join(f"{weight:g}·{name}" for weight, name in zip(self.clip_weights, names, strict=True))
-
     def setup(self, stage: str) -> None:
         if stage in ("predict", "test"):  # loaded here, for the loops that follow run in inference mode
-            kind = METHODS[self.sampling.method].critic
-            _ = self.clip_names and self.clips
-            _ = kind == "noisy clip" and self.noisy_clip_name and self.noisy_clip
-            _ = kind == "classifier" and self.classifier_path and self.classifier
+            self.critics.load(self.method.critic)
 
     def on_predict_start(self) -> None:
         self._check_weights()
@@ -385,9 +331,3 @@ class DDPMModule(L.LightningModule):
         self.trained = True
         if training:
             checkpoint["state_dict"] = checkpoint["current_model_state"]
-
-
-def spared(text: Sequence[str]) -> list[str]:
-    """Where a text is empty, another stands in: no one looks at what it scores."""
-    spare = next(sentence for sentence in text if sentence)
-    return [sentence or spare for sentence in text]

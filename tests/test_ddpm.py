@@ -314,7 +314,7 @@ def test_a_text_without_a_clip_is_refused(tmp_path: Path, tiny_weights: Path) ->
 
 def test_a_broken_guidance_names_the_request(tmp_path: Path, tiny_weights: Path, tiny_clip: Path) -> None:
     module = tiny_module(weights=str(tiny_weights), clip=str(tiny_clip))
-    module.clips[0].model.visual.proj.data.zero_()
+    module.critics.clips[0].model.visual.proj.data.zero_()
     with pytest.raises(GuidanceError, match=r"at t=.* in request .*'text': 'a man'.*'seed': 4"):
         tiny_trainer(tmp_path).predict(module, PromptDataModule(text=["a man"], seed=4, n_samples=1))
 

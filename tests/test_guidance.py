@@ -15,6 +15,8 @@ from diffusion.guidance import (
     GuidanceError,
     GuidedDenoiser,
     RefuseFlat,
+    Together,
+    Within,
     grad_clean,
     grad_denoised,
     grad_noisy,
@@ -202,3 +204,24 @@ def test_a_flat_picture_is_an_error_that_says_where() -> None:
         RefuseFlat(torch.ones(2))(pred, x, step)
     assert raised.value.position == 1
     assert RefuseFlat(torch.tensor([1.0, 0.0]))(pred, x, step) is pred
+
+
+def test_an_interval_has_a_guidance_act_within_it_alone() -> None:
+    guidance = Within(GradientGuidance(log_likelihood, torch.ones(2), grad_denoised, shift_mean), 100, 500)
+    assert [guidance.needs_graph(SCHEDULE.step(t, t - 1)) for t in (100, 101, 500, 501)] == [False, True, True, False]
+    x = torch.randn(2, 3, 8, 8)
+    for t in (100, 300, 501):
+        step = SCHEDULE.step(t, t - 1)
+        pred, plain = GuidedDenoiser(ideal, [guidance])(x, step), ideal(x, step)
+        assert torch.equal(pred.x0, plain.x0) == (t != 300)
+
+
+def test_guidances_together_each_see_what_came() -> None:
+    step, x = SCHEDULE.step(700, 680), torch.randn(2, 3, 8, 8)
+    one, two = (GradientGuidance(log_likelihood, torch.full((2,), w), grad_clean, shift_eps) for w in (1.0, 2.0))
+    plain, both = ideal(x, step), Together([one, two])(ideal(x, step), x, step)
+    for field in ("x0", "eps"):
+        moves = [getattr(guidance(plain, x, step), field) - getattr(plain, field) for guidance in (one, two)]
+        torch.testing.assert_close(getattr(both, field), getattr(plain, field) + sum(moves))
+    sequential = two(one(plain, x, step), x, step)
+    assert not torch.allclose(sequential.x0, both.x0)

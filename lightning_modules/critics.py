@@ -1,0 +1,118 @@
+"""What guides: one or more CLIPs, a noise-aware CLIP, a noise-aware classifier; each loaded when it is needed."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffusion.classifier import Classifier, load_classifier
+from diffusion.clip import Clip
+from diffusion.losses import ClassifierAnswer, ClipAnswer, ClipSimilarity, Critic, Ensemble, Named, Scaled
+from diffusion.methods import Kind
+from diffusion.weights import state_hash
+from errors import InputError
+
+
+class Critics:
+    """Frozen networks that are no part of a module's parameters, checkpoint or optimiser.
+
+    Args:
+        clip: names of CLIPs.
+        weights: of each in their average.
+        noisy_clip: the name of a noise-aware CLIP.
+        bank: texts that a picture could show instead.
+        classifier: the path of a noise-aware classifier.
+    """
+
+    def __init__(
+        self,
+        clip: list[str],
+        weights: list[float] | None = None,
+        noisy_clip: str | None = None,
+        bank: list[str] | None = None,
+        classifier: str | None = None,
+    ) -> None:
+        self.names, self.weights = clip, [1.0] * len(clip) if weights is None else weights
+        if len(self.weights) != len(clip) or not all(weight > 0 for weight in self.weights):
+            raise InputError(f"clip_weights: {self.weights} given; a number above 0 for each clip would do")
+        self.noisy_name, self.bank, self.classifier_path = noisy_clip, bank or [], classifier
+
+    @cached_property
+    def clips(self) -> list[Clip]:
+        if not self.names:
+            raise InputError("clip: none given; an open_clip folder or name would do, for there is a text to obey")
+        return [Clip.load(name) for name in self.names]
+
+    @cached_property
+    def noisy_clip(self) -> Clip:
+        wanted = "one that configs/faces_noisy_clip.yaml makes would do"
+        if self.noisy_name is None:
+            raise InputError(f"noisy_clip: none given, for a method that looks at noisy pictures; {wanted}")
+        clip = Clip.load(self.noisy_name)
+        if not clip.noise_aware:
+            raise InputError(f"noisy_clip: {self.noisy_name} knows no noise; {wanted}")
+        return clip
+
+    @cached_property
+    def classifier(self) -> Classifier:
+        wanted = "one that configs/faces_classifier.yaml makes would do"
+        if self.classifier_path is None:
+            raise InputError(f"classifier: none given, for classifier guidance; {wanted}")
+        classifier = load_classifier(Path(self.classifier_path), "classifier")
+        if not classifier.noise_aware:
+            raise InputError(f"classifier: {self.classifier_path} knows no noise; {wanted}")
+        return classifier
+
+    def load(self, kind: Kind) -> None:
+        """Load what is named and needed now; what is needed and not named is missed when a text comes."""
+        _ = self.names and self.clips
+        _ = kind == "noisy clip" and self.noisy_name and self.noisy_clip
+        _ = kind == "classifier" and self.classifier_path and self.classifier
+
+    def loaded(self) -> list[Clip]:
+        """All CLIPs that are loaded."""
+        found = vars(self)
+        return found.get("clips", []) + ([self.noisy_clip] if "noisy_clip" in found else [])
+
+    def similarity(self, text: Sequence[str], device: torch.device) -> Ensemble:
+        """The cosine of each picture and its text."""
+        return Ensemble([ClipSimilarity(clip.to(device), spared(text)) for clip in self.clips], self.weights)
+
+    def critic(self, kind: Kind, text: Sequence[str], noise: Named, device: torch.device) -> Critic:
+        """What a method asks whether a picture obeys."""
+        texts = spared(text)
+        if kind == "classifier":
+            return Critic(None, ClassifierAnswer(self.classifier.to(device), texts), noise)
+        noisy = kind == "noisy clip"
+        clips, weights = ([self.noisy_clip], [1.0]) if noisy else (self.clips, self.weights)
+        clips = [clip.to(device) for clip in clips]
+        cosine = Ensemble([ClipSimilarity(clip, texts, noisy) for clip in clips], weights)
+        if not self.bank:
+            return Critic(cosine, Scaled(cosine, cosine.logit_scale), noise)
+        return Critic(cosine, Ensemble([ClipAnswer(clip, texts, self.bank, noisy) for clip in clips], weights), noise)
+
+    def provenance(self, kind: Kind) -> dict[str, Any]:
+        """Names and hashes of what has a part in a picture."""
+        found = vars(self)
+        hashes = [clip.hash for clip in found.get("clips", [])]
+        row = {"clip": self._joined(self.names), "clip_hash": self._joined(hashes)}
+        if kind == "noisy clip":
+            row["noisy_clip"] = self.noisy_name
+            row["noisy_clip_hash"] = self.noisy_clip.hash if "noisy_clip" in found else None
+        if kind == "classifier":
+            row["classifier"] = self.classifier_path
+            row["classifier_hash"] = state_hash(self.classifier.state_dict()) if "classifier" in found else None
+        return row | ({"bank": self.bank} if self.bank else {})
+
+    def _joined(self, names: list[str]) -> str | None:
+        if len(names) < 2:
+            return next(iter(names), None)
+        return " + ".join(f"{weight:g}·{name}" for weight, name in zip(self.weights, names, strict=True))
+
+
+def spared(text: Sequence[str]) -> list[str]:
+    """Where a text is empty, another stands in: no one looks at what it scores."""
+    spare = next(sentence for sentence in text if sentence)
+    return [sentence or spare for sentence in text]
