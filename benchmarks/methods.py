@@ -39,6 +39,7 @@ def compare(
     n_samples: int = 32,
     n_strong: int = 8,
     seed: int = 1000,
+    val_count: int = 6000,
     micro_batch: int = 32,
 ) -> None:
     """Judge the methods, and draw the table and the figure of all that have been judged.
@@ -49,6 +50,7 @@ def compare(
         n_samples: seeds for each text.
         n_strong: seeds for each text at the strong weight.
         seed: the first.
+        val_count: unseen faces to compare with.
         micro_batch: pictures sampled at once.
     """
     reports: dict[str, list[dict[str, Any]]] = {}
@@ -60,7 +62,7 @@ def compare(
                 flags = ["--method", method, "--guidance_weight", *map(str, chosen), "--save_dir", str(report.parent)]
                 flags += ["--judge", str(SHIPPED / "judge.safetensors"), str(SHIPPED / "judge_clip")]
                 flags += ["--prompts", str(ROOT / "benchmarks/faces_texts.txt"), "--unguided", "false"]
-                flags += ["--data.val_count", "6000", "--n_samples", str(count), "--seed", str(seed)]
+                flags += ["--data.val_count", str(val_count), "--n_samples", str(count), "--seed", str(seed)]
                 main(["test", "-c", str(ROOT / "configs/faces.yaml"), *flags, "--micro_batch", str(micro_batch)])
             if report.exists():
                 reports.setdefault(name, []).extend(json.loads(report.read_text())["table"])

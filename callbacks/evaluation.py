@@ -104,7 +104,8 @@ class Evaluation(L.Callback):
         if torch.distributed.is_initialized():
             parts: list[list[Row]] = [[] for _ in range(trainer.world_size)]
             torch.distributed.all_gather_object(parts, rows)
-            rows = [row for part in parts for row in part]
+            by_index = {row["index"]: row for part in parts for row in part}  # a sampler may have repeated some
+            rows = [by_index[index] for index in sorted(by_index)]
         if not trainer.is_global_zero:
             return
         reference = None if self.features is None or self.data is None else Reference(self.data, self.features)
@@ -216,8 +217,9 @@ def distances(made: Tensor, reference: Tensor) -> dict[str, float]:
     from torchmetrics.image.kid import KernelInceptionDistance
 
     half = max(2, min(len(made), len(reference)) // 2)
-    fid = FrechetInceptionDistance(_Features(made.shape[1]))
-    kid = KernelInceptionDistance(_Features(made.shape[1]), subsets=50, subset_size=half)
+    alone = {"sync_on_compute": False}  # one process has gathered all
+    fid = FrechetInceptionDistance(_Features(made.shape[1]), **alone)
+    kid = KernelInceptionDistance(_Features(made.shape[1]), subsets=50, subset_size=half, **alone)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         for metric in (fid, kid):

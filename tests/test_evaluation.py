@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -121,3 +123,22 @@ def test_guided_pictures_are_compared_with_those_that_their_texts_are_true_of() 
     assert len(reference.features) == 200
     reference.labels = None
     assert len(reference.of(list(true))) == 200
+
+
+def test_two_processes_judge_what_one_does(tmp_path: Path) -> None:
+    root = JUDGE.parent.parent
+    reports = []
+    for processes in ("1", "2"):
+        out = tmp_path / processes
+        flags = ["--judge", "checkpoints/faces64/judge.safetensors", "--save_dir", str(out), "--micro_batch", "4"]
+        flags += ["--text", "an old man", "a girl", "--guidance_weight", "0", "10", "--n_samples", "3"]
+        flags += ["--skip_steps", "3", "--data.val_count", "60", "--trainer.accelerator", "cpu"]
+        flags += ["--trainer.devices", processes, "--trainer.strategy", "auto" if processes == "1" else "ddp"]
+        command = [sys.executable, "cli.py", "test", "-c", "configs/faces.yaml", *flags]
+        ran = subprocess.run(command, cwd=root, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr[-2000:]
+        reports.append(json.loads((out / "report.json").read_text())["table"])
+    for one, two in zip(*reports, strict=True):
+        assert one["pictures"] == two["pictures"] == 6
+        assert (one["obey"], one["attributes"]) == (two["obey"], two["attributes"])
+        assert one["fid"] == pytest.approx(two["fid"], rel=1e-4)

@@ -1,0 +1,34 @@
+from pathlib import Path
+
+import pytest
+
+from benchmarks.methods import METHODS, compare
+from datamodules.faces import caption
+from diffusion import methods
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_methods_are_those_of_the_package() -> None:
+    assert {method for method, _, _ in METHODS.values()} <= methods.METHODS.keys()
+
+
+def test_the_texts_are_those_of_the_contract() -> None:
+    texts = (ROOT / "benchmarks/faces_texts.txt").read_text().splitlines()
+    assert len(texts) == len(set(texts)) == 12
+    words = {word for i in range(3000) for word in caption(0, i).replace(",", "").split()}
+    assert {word for text in texts for word in text.replace(",", "").split()} <= words
+
+
+def test_a_method_is_judged_into_a_table_and_a_figure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(ROOT)
+    compare(tmp_path, only=["evidence_strong"], n_strong=1, val_count=300)
+    table = (tmp_path / "table.md").read_text()
+    assert table in capsys.readouterr().out
+    assert "| evidence (default) | 80 | 12 | " in table
+    assert (tmp_path / "figure.png").stat().st_size > 1000
+    before = (tmp_path / "evidence_strong/report.json").stat().st_mtime_ns
+    compare(tmp_path, only=["evidence_strong"])  # what is there is not judged again
+    assert (tmp_path / "evidence_strong/report.json").stat().st_mtime_ns == before
