@@ -65,11 +65,11 @@ class Critics:
             raise InputError(f"classifier: {self.classifier_path} knows no noise; {wanted}")
         return classifier
 
-    def load(self, kind: Kind) -> None:
-        """Load what is named and needed now; what is needed and not named is missed when a text comes."""
-        _ = self.names and self.clips
-        _ = kind == "noisy clip" and self.noisy_name and self.noisy_clip
-        _ = kind == "classifier" and self.classifier_path and self.classifier
+    def load(self, kind: Kind | None) -> None:
+        """Load what a method of this kind asks, if there is one, and the CLIPs that pictures are scored by."""
+        _ = kind == "noisy clip" and self.noisy_clip
+        _ = kind == "classifier" and self.classifier
+        _ = (kind == "clip" or self.names) and self.clips
 
     def loaded(self) -> list[Clip]:
         """All CLIPs that are loaded."""

@@ -291,8 +291,11 @@ class DDPMModule(L.LightningModule):
         return self._provenance
 
     def setup(self, stage: str) -> None:
-        if stage in ("predict", "test"):  # loaded here, for the loops that follow run in inference mode
-            self.critics.load(self.method.critic)
+        if stage in ("predict", "test"):
+            # loaded here, before anything is written, and for the loops that follow run in inference mode
+            requests = getattr(self.trainer.datamodule, "requests", [])
+            guided = any(request.guidance_weight for request in requests)
+            self.critics.load(self.method.critic if guided else None)
 
     def on_predict_start(self) -> None:
         self._check_weights()

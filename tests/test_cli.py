@@ -267,6 +267,13 @@ def test_convert_writes_what_weights_takes_and_diffusers_opens(
     assert "cli.py convert" in capsys.readouterr().out
 
 
+def test_a_missing_critic_is_named_before_anything_is_written(config: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="error: noisy_clip: none given"):
+        predict(config, tmp_path / "x", "--text", "a man", "--method", "glide", "--model.noisy_clip", "null")
+    assert not (tmp_path / "x").exists()
+    predict(config, tmp_path / "x", "--n_samples", "1", "--method", "glide", "--model.noisy_clip", "null")
+
+
 def test_several_clips_are_named_on_the_command_line(tmp_path: Path, config: str, tiny_clip: Path) -> None:
     clips = [str(tiny_clip)] * 2
     flags = ["--text", "a man", "--n_samples", "1", "--unguided", "false", "--save_dir", str(tmp_path / "out")]
