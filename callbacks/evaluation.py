@@ -15,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from diffusion.classifier import Classifier, check_named, named
 from diffusion.judge import ClipJudge, load_judge, obeys
+from diffusion.losses import ClipSimilarity
 from diffusion.weights import whole
 from errors import InputError
 
@@ -79,11 +80,8 @@ class Evaluation(L.Callback):
         cost = self.cost.stop(len(batch["text"]))
         image = outputs["image"].float()
         seen = {path: obeys(judge, image, batch["text"]) for path, judge in self.judges.items()}
-        held_out = [
-            (judge.clip.encode_image(image) * judge.clip.to(image.device).encode_text(batch["text"])).sum(dim=-1)
-            for judge in self.judges.values()
-            if isinstance(judge, ClipJudge)
-        ]
+        other = next((judge.clip for judge in self.judges.values() if isinstance(judge, ClipJudge)), None)
+        held_out = [None] * len(image) if other is None else ClipSimilarity(other, batch["text"])(image).tolist()
         features = None if self.features is None else self.features.features(image).cpu()
         for i in range(len(image)):
             self.rows.append(
@@ -91,7 +89,7 @@ class Evaluation(L.Callback):
                     **{name: values[i] for name, values in batch.items()},
                     "seen": {path: answers[i] for path, answers in seen.items()},
                     "clip_similarity": outputs["clip_similarity"][i],
-                    "held_out_similarity": held_out[0][i].item() if held_out else None,
+                    "held_out_similarity": held_out[i],
                     "features": None if features is None else features[i],
                     "cost": cost,
                 }

@@ -164,24 +164,25 @@ def moved(method: str, clip: Clip, drawn: tuple[Tensor, Tensor], expected: Tenso
     assert (expected - walk.plain).abs().amax(dim=(1, 2, 3)).min() > 1e-4
 
 
-def test_glide_takes_the_gradient_at_x_t_of_a_clip_that_knows_its_noise(drawn, tiny_clip: Path) -> None:
-    clip, walk = Clip.load(str(tiny_clip)), Walk(drawn)
+def noisy_gradient(clip: Clip, x: Tensor) -> Tensor:
+    """Makes ``clip`` noise-aware, and takes the gradient of its logit at x_t."""
     level = randomise(make_noise_aware(clip.model), seed=4)
     clip.noise_aware = True
     level.alpha_bar = torch.tensor([AT, AT])
-    x = drawn[0].clone().requires_grad_()
-    gradient = torch.autograd.grad(logit(x, clip).sum(), x)[0]
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(logit(x, clip).sum(), x)[0]
+
+
+def test_glide_takes_the_gradient_at_x_t_of_a_clip_that_knows_its_noise(drawn, tiny_clip: Path) -> None:
+    clip, walk = Clip.load(str(tiny_clip)), Walk(drawn)
+    gradient = noisy_gradient(clip, drawn[0])
     moved("glide", clip, drawn, walk.plain + by(PLAIN) * walk.variance * gradient, walk, noisy=True)
 
 
 @pytest.mark.parametrize("strength", [0.05, 1e4])
 def test_evidence_is_glides_step_up_to_a_twentieth_of_the_noise(drawn, tiny_clip: Path, strength: float) -> None:
     clip, walk = Clip.load(str(tiny_clip)), Walk(drawn)
-    level = randomise(make_noise_aware(clip.model), seed=4)
-    clip.noise_aware = True
-    level.alpha_bar = torch.tensor([AT, AT])
-    x = drawn[0].clone().requires_grad_()
-    gradient = torch.autograd.grad(logit(x, clip).sum(), x)[0]
+    gradient = noisy_gradient(clip, drawn[0])
     move = by(strength * PLAIN) * walk.variance * gradient
     share = move.square().mean(dim=(1, 2, 3), keepdim=True).sqrt() / walk.variance**0.5
     assert (share > 0.05).all() == (strength > 1)
