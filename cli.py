@@ -10,6 +10,7 @@ from jsonargparse import auto_cli
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from callbacks.evaluation import Evaluation
+from callbacks.gallery import Output
 from callbacks.prediction_writer import PredictionWriter
 from datamodules.prompts import PromptDataModule
 from diffusion.denoiser import Parametrisation
@@ -34,8 +35,15 @@ REQUEST_FLAGS: dict[str, dict[str, Any]] = {
     "n_samples": {"type": int, "default": 4, "help": "seeds for each text and weight"},
     "seed": {"type": int, "default": 0, "help": "the first seed"},
     "unguided": {"type": bool, "default": True, "help": "draw each seed without guidance too"},
-    "prompts": {"type": str, "help": "a .txt file with a text a line, or a .jsonl file with a request a line"},
-    "micro_batch": {"type": int, "default": 16, "help": "pictures sampled at once on each device"},
+    "prompts": {
+        "type": str,
+        "help": "a .txt file with a text a line, or requests: a .jsonl or .parquet file or a data set on the hub",
+    },
+    "micro_batch": {
+        "type": int | Literal["auto"],
+        "default": 16,
+        "help": "pictures sampled at once on each device; auto takes as many as fit",
+    },
 }
 
 
@@ -58,6 +66,9 @@ class ClipwardCLI(LightningCLI):
                 parser.add_argument(f"--{flag}", **options)
             parser.add_argument("--save_dir", type=str, default=f"out/{subcommand}", help="the folder for what is made")
             parser.add_argument("--overwrite", type=bool, default=False, help="replace what another command made")
+        if subcommand == "predict":
+            parser.add_argument("--output", type=Output, default="files", help="a PNG for each picture, or shards")
+            parser.add_argument("--shard_size", type=int, default=1000, help="pictures a shard")
         if subcommand == "test":
             parser.add_argument("--judge", type=str, nargs="+", required=True, help="who looks at the pictures")
             parser.set_defaults({"unguided": False, "n_samples": 16})
@@ -107,7 +118,9 @@ class ClipwardCLI(LightningCLI):
             self.requests = PromptDataModule(**{flag: config[flag] for flag in REQUEST_FLAGS})
             if self.subcommand == "predict":
                 text = self._parser("predict").dump(config, skip_unset=False)
-                self.callback = PredictionWriter(config.save_dir, text, config.overwrite)
+                self.callback = PredictionWriter(
+                    config.save_dir, text, config.overwrite, config.output, config.shard_size
+                )
                 self.requests.done = self.callback.finished()
             else:
                 self.callback = Evaluation(config.judge, config.save_dir, config.overwrite)
@@ -129,9 +142,9 @@ class ClipwardCLI(LightningCLI):
         self.datamodule = self.requests
 
     def predict(self, **kwargs: Any) -> None:
-        if len(self.requests.predict_dataloader().dataset) > 0:
+        if next(iter(self.requests.predict_dataloader()), None) is not None:
             self.trainer.predict(**kwargs)
-        else:
+        elif self.trainer.is_global_zero:
             self.callback.finish()
 
     def before_test(self) -> None:

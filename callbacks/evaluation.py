@@ -83,7 +83,7 @@ class Evaluation(L.Callback):
         other = next((judge.clip for judge in self.judges.values() if isinstance(judge, ClipJudge)), None)
         held_out = [None] * len(image) if other is None else ClipSimilarity(other, batch["text"])(image).tolist()
         features = None if self.features is None else self.features.features(image).cpu()
-        for i in range(len(image)):
+        for i in (i for i, valid in enumerate(batch["valid"]) if valid):
             self.rows.append(
                 {
                     **{name: values[i] for name, values in batch.items()},
@@ -102,8 +102,7 @@ class Evaluation(L.Callback):
         if torch.distributed.is_initialized():
             parts: list[list[Row]] = [[] for _ in range(trainer.world_size)]
             torch.distributed.all_gather_object(parts, rows)
-            by_index = {row["index"]: row for part in parts for row in part}  # a sampler may have repeated some
-            rows = [by_index[index] for index in sorted(by_index)]
+            rows = sorted((row for part in parts for row in part), key=lambda row: row["index"])
         if not trainer.is_global_zero:
             return
         reference = None if self.features is None or self.data is None else Reference(self.data, self.features)

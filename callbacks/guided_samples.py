@@ -8,7 +8,8 @@ import numpy as np
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from callbacks.figure import Cell, figure
-from callbacks.prediction_writer import save_png, to_picture
+from callbacks.gallery import save_png
+from callbacks.prediction_writer import to_picture
 from diffusion.classifier import check_named
 from diffusion.judge import load_judge, obeys
 from diffusion.methods import METHODS

@@ -1,6 +1,5 @@
-"""Writes what predict makes: a PNG a request, metadata.jsonl, grid.png, and the command itself."""
+"""Writes what predict makes: the pictures, metadata.jsonl, grid.png, and the command itself."""
 
-import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,79 +9,86 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import BasePredictionWriter
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from callbacks.figure import Cell, figure
+from callbacks.gallery import Gallery, Output, line, save_png
 from diffusion.weights import whole
 from errors import InputError
 
 CONFIG_FILE = "config.predict.yaml"
 PACKAGES = ("clipward", "torch", "lightning", "open_clip_torch")
-NOT_OF_THE_PICTURE = ("trainer", "data", "micro_batch", "save_dir", "overwrite", "seed_everything")
+NOT_OF_THE_PICTURE = ("trainer", "data", "micro_batch", "save_dir", "overwrite", "shard_size", "seed_everything")
+OF_ONE_PICTURE = ("file_name", "index", "clip_similarity", "shard")
 GRID_ROWS, GRID_COLUMNS = 16, 24
 
 
 class PredictionWriter(BasePredictionWriter):
     """Writes pictures as they come, each whole or not at all.
 
-    The folder is one that ``datasets.load_dataset("imagefolder", data_dir=…)`` opens.
+    With ``files`` the folder is one that ``datasets.load_dataset("imagefolder", data_dir=…)`` opens; shards are opened
+    as ``webdataset`` and ``parquet``. Processes on several machines must share the folder.
 
     Args:
         save_dir: the folder. One that another command wrote to is refused, and so is one with other files.
         config: the command as YAML; written first, and what tells another command from this one.
         overwrite: begin anew in a folder that another command wrote to.
+        output: a PNG for each picture, or shards.
+        shard_size: pictures a shard.
     """
 
-    def __init__(self, save_dir: str, config: str = "", overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        save_dir: str,
+        config: str = "",
+        overwrite: bool = False,
+        output: Output = "files",
+        shard_size: int = 1000,
+    ) -> None:
         super().__init__("batch")
+        if shard_size < 1:
+            raise InputError(f"shard_size: {shard_size} given; 1 or more would do")
         self.save_dir, self.config, self.overwrite = Path(save_dir), config, overwrite
+        self.gallery, self.shard_size = Gallery(self.save_dir, output), shard_size
 
-    def finished(self) -> frozenset[int]:
+    def finished(self) -> set[int]:
         """Indices of the requests that an earlier run of this command has finished.
 
         Raises:
             InputError: where the folder belongs to another command.
         """
         if not self.save_dir.exists() or not any(self.save_dir.iterdir()):
-            return frozenset()
+            return set()
         file = self.save_dir / CONFIG_FILE
         difference = _difference(file.read_text(), self.config) if file.is_file() else f"it has no {CONFIG_FILE}"
         if difference:
             if self.overwrite and file.is_file():
-                return frozenset()
+                return set()
             raise InputError(
                 f"save_dir: {self.save_dir} holds another command's pictures ({difference}); "
                 "another folder, or --overwrite true for one of ours, would do"
             )
-        return frozenset(row["index"] for row in self.rows() if (self.save_dir / row["file_name"]).is_file())
+        return self.gallery.indices()
 
-    def rows(self) -> list[dict[str, Any]]:
-        """What has been written so far, by index."""
-        rows: dict[int, dict[str, Any]] = {}
-        for file in [self.save_dir / "metadata.jsonl", *sorted(self.save_dir.glob(".metadata.*.jsonl"))]:
-            if file.is_file():
-                for line in file.read_text(encoding="utf-8").splitlines():
-                    try:
-                        row = json.loads(line)
-                    except json.JSONDecodeError:  # the run was killed while it wrote this line
-                        continue
-                    rows[row["index"]] = row
-        return [rows[index] for index in sorted(rows)]
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        # One process looks, so that all have the same to do.
+        trainer.datamodule.done = trainer.strategy.broadcast(self.finished() if trainer.is_global_zero else None)
+        self.gallery.rank = trainer.global_rank
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        provenance = pl_module.provenance()
         if trainer.is_global_zero:
-            if self.finished():
-                self._check_same_weights(pl_module.provenance())
+            if trainer.datamodule.done:
+                self._check_same_weights(provenance)
+                self.gallery.pack_left(self.shard_size)
             else:
-                for stale in [*self.save_dir.glob("*.png"), *self.save_dir.glob("*metadata*.jsonl")]:
-                    stale.unlink()
+                self.gallery.clear()
             with whole(self.save_dir / CONFIG_FILE) as aside:
                 aside.write_text(self.config, encoding="utf-8")
         trainer.strategy.barrier("save_dir")
 
     def _check_same_weights(self, provenance: dict[str, Any]) -> None:
-        before = self.rows()[0]
+        before = next(self.gallery.rows())
         for name in ("weights_hash", "clip_hash", "noisy_clip_hash", "classifier_hash"):
             there, here = before.get(name), provenance.get(name)
             if there != here:
@@ -102,10 +108,9 @@ class PredictionWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         common = prediction["provenance"] | {name: version(name) for name in PACKAGES}
-        with open(self.save_dir / f".metadata.{trainer.global_rank}.jsonl", "a", encoding="utf-8") as metadata:
-            for i, index in enumerate(batch["index"]):
+        for i, index in enumerate(batch["index"]):
+            if batch["valid"][i]:
                 row = {
-                    "file_name": f"{index:06d}.png",
                     "index": index,
                     "text": batch["text"][i],
                     "seed": batch["seed"][i],
@@ -113,8 +118,8 @@ class PredictionWriter(BasePredictionWriter):
                     "clip_similarity": prediction["clip_similarity"][i],
                     **common,
                 }
-                save_png(self.save_dir / row["file_name"], to_picture(prediction["image"][i]), _line(row))
-                metadata.write(_line(row) + "\n")
+                self.gallery.add(row, to_picture(prediction["image"][i]))
+        self.gallery.pack_staged(self.shard_size)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         trainer.strategy.barrier("written")
@@ -123,44 +128,33 @@ class PredictionWriter(BasePredictionWriter):
 
     def finish(self) -> None:
         """Merge what the processes wrote and draw the grid; nothing changes where that is done already."""
-        rows = self.rows()
-        with whole(self.save_dir / "metadata.jsonl") as aside:
-            aside.write_text("".join(_line(row) + "\n" for row in rows), encoding="utf-8")
-        for part in [*self.save_dir.glob(".metadata.*.jsonl"), *self.save_dir.glob(".*.png.*")]:
-            part.unlink()
-        if rows:
-            self.draw_grid(rows)
-        print(f"{len(rows)} pictures in {self.save_dir}, all of them in {self.save_dir / 'grid.png'}")
+        self.gallery.pack_left(self.shard_size)
+        self.gallery.merge()
+        count = self.draw_grid()
+        print(f"{count} pictures in {self.save_dir}, the first of them in {self.save_dir / 'grid.png'}")
 
-    def draw_grid(self, rows: list[dict[str, Any]]) -> None:
-        seeds = list(dict.fromkeys(row["seed"] for row in rows))[:GRID_ROWS]
-        columns = list(dict.fromkeys((row["text"], row["guidance_weight"]) for row in rows))[:GRID_COLUMNS]
-        pictures = {}
-        for row in rows:
+    def draw_grid(self) -> int:
+        """Draw the first seeds, texts and weights; returns how many pictures there are altogether."""
+        seeds: dict[int, None] = {}
+        columns: dict[tuple[str, float], None] = {}
+        pictures, common, count = {}, {}, 0
+        for row in self.gallery.rows():
+            count += 1
             cell = Cell(row["seed"], row["text"], row["guidance_weight"])
-            if cell.seed in seeds and (cell.text, cell.guidance_weight) in columns:
-                with Image.open(self.save_dir / row["file_name"]) as picture:
-                    pictures[cell] = picture.convert("RGB")
-        common = {k: v for k, v in rows[0].items() if k not in ("file_name", "index", "clip_similarity")}
-        save_png(self.save_dir / "grid.png", figure(pictures), _line(common))
+            column = cell.text, cell.guidance_weight
+            if (cell.seed in seeds or len(seeds) < GRID_ROWS) and (column in columns or len(columns) < GRID_COLUMNS):
+                seeds[cell.seed] = columns[column] = None
+                pictures[cell] = self.gallery.open(row)
+                common = common or {k: v for k, v in row.items() if k not in OF_ONE_PICTURE}
+        if pictures:
+            save_png(self.save_dir / "grid.png", figure(pictures), line(common))
+        return count
 
 
 def to_picture(image: Tensor) -> Image.Image:
     """(3, H, W) in [-1, 1] -> an RGB picture."""
     pixels = ((image.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
-
-
-def save_png(path: Path, picture: Image.Image, made: str) -> None:
-    """Write a PNG that says how it was made, whole or not at all."""
-    info = PngInfo()
-    info.add_itxt("clipward", made)
-    with whole(path) as aside:
-        picture.save(aside, "png", pnginfo=info)
-
-
-def _line(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False)
 
 
 def _difference(theirs: str, ours: str) -> str:

@@ -293,7 +293,7 @@ class DDPMModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         if stage in ("predict", "test"):
             # loaded here, before anything is written, and for the loops that follow run in inference mode
-            requests = getattr(self.trainer.datamodule, "requests", [])
+            requests = getattr(self.trainer.datamodule, "requests", ())
             guided = any(request.guidance_weight for request in requests)
             self.critics.load(self.method.critic if guided else None)
 

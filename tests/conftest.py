@@ -1,11 +1,13 @@
 """Small things that tests share: a network, a CLIP and weights that take no time."""
 
+import json
 import os
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
+import yaml
 
 from datamodules.faces import FacesDataModule
 from diffusion.architecture import Architecture
@@ -17,6 +19,7 @@ from lightning_modules.ddpm import DDPMModule
 from lightning_modules.optim import OptimConfig
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+ROOT = Path(__file__).parent.parent
 
 TINY_UNET = UNetConfig(patch=2, channels=(8, 16), num_res_blocks=1, attention_levels=(1,), norm_groups=4)
 TINY_CLIP = {
@@ -83,3 +86,28 @@ def tiny_trainer(root: Path, **kwargs) -> L.Trainer:
         "enable_model_summary": False,
     }
     return L.Trainer(**{**defaults, **kwargs})
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_weights: Path, tiny_clip: Path) -> str:
+    """A config for fit and predict, in the shape of configs/faces.yaml."""
+    faces = yaml.safe_load((ROOT / "configs/faces.yaml").read_text())
+    model = faces["model"]["init_args"]
+    model["unet"] = {"patch": 2, "channels": [8, 16], "num_res_blocks": 1, "attention_levels": [1], "norm_groups": 4}
+    model |= {"image_size": 16, "num_timesteps": 100, "default_weights": str(tiny_weights), "clip": str(tiny_clip)}
+    model["sampling"] = {"skip_steps": 4}
+    faces["data"]["init_args"] |= {"size": 16, "train_count": 32, "val_count": 8, "batch_size": 8}
+    trainer = faces["trainer"] | {"max_steps": 4, "val_check_interval": 4, "accelerator": "cpu"}
+    trainer |= {"enable_progress_bar": False, "log_every_n_steps": 1}
+    trainer["logger"]["init_args"]["save_dir"] = str(tmp_path / "runs")
+    for callback in trainer["callbacks"]:
+        arguments = callback.get("init_args", {})
+        arguments |= {"judge": str(ROOT / arguments["judge"])} if "judge" in arguments else {}
+        arguments |= {name: 4 for name in ("every_n_train_steps", "every_n_steps") if name in arguments}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(faces | {"trainer": trainer}))
+    return str(path)
+
+
+def metadata(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metadata.jsonl").read_text().splitlines()]
