@@ -8,7 +8,9 @@ from typing import Any, Literal, get_type_hints
 
 from jsonargparse import auto_cli
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.plugins import CheckpointIO
 
+from callbacks.checkpoints import WholeCheckpointIO, check, last_checkpoint
 from callbacks.evaluation import Evaluation
 from callbacks.gallery import Output
 from callbacks.prediction_writer import PredictionWriter
@@ -85,7 +87,7 @@ class ClipwardCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         config.trainer.inference_mode = False
-        self._check_ckpt_path(config.get("ckpt_path"))
+        self._find_checkpoint(config)
         for flag in MODEL_FLAGS:
             self._shorten(flag, flag)
         for flag in (*SAMPLING_FLAGS, "ddim"):
@@ -94,11 +96,23 @@ class ClipwardCLI(LightningCLI):
             config.trainer.logger = False
             logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 
-    def _check_ckpt_path(self, path: str | None) -> None:
-        """Lightning goes on with what weights there are where it finds no checkpoint for a word such as ``last``."""
-        words = ("last", "best", "hpc") if self.subcommand == "fit" else ()
-        if path is not None and path not in words and not Path(path).exists():
+    def _find_checkpoint(self, config: Any) -> None:
+        """``last`` is the newest below the logger's folder; for others Lightning would go on with what there is."""
+        path = config.get("ckpt_path")
+        if path is None or (path in ("best", "hpc") and self.subcommand == "fit"):
+            return
+        if path == "last":
+            logs = config.trainer.get("logger.init_args") or {}
+            root = Path(logs.get("save_dir") or config.trainer.default_root_dir or ".") / (logs.get("name") or "")
+            found = last_checkpoint(root)
+            if found is None and self.subcommand != "fit":
+                raise InputError(f"ckpt_path: there is no checkpoint below {root}")
+            print(f"ckpt_path: {found or f'no checkpoint below {root} yet; starting at the beginning'}")
+            config.ckpt_path = None if found is None else str(found)
+        elif not Path(path).exists():
             raise InputError(f"ckpt_path: there is no file {path}")
+        else:
+            check(Path(path))
 
     def _shorten(self, flag: str, argument: str) -> None:
         config = self.config[self.subcommand]
@@ -133,6 +147,10 @@ class ClipwardCLI(LightningCLI):
         if self.subcommand == "fit":
             self.save_config_callback = SaveConfigCallback
             self.save_config_kwargs = {"config_filename": "config.fit.yaml"}
+        plugins = self._get(self.config_init, "trainer.plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, WholeCheckpointIO()]
         trainer = super().instantiate_trainer(**kwargs)
         if self.callback is not None:
             trainer.callbacks.append(self.callback)

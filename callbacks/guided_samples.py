@@ -5,7 +5,9 @@ from typing import Any
 
 import lightning as L
 import numpy as np
+import torch
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
 
 from callbacks.figure import Cell, figure
 from callbacks.gallery import save_png
@@ -25,7 +27,9 @@ class GuidedSamples(L.Callback):
         guidance_weight: of each text; the method's own by default.
         n_samples: seeds.
         seed: the first.
-        every_n_steps: optimiser steps between two drawings.
+        every_n_steps: optimiser steps between two drawings; none by steps with 0.
+        every_n_epochs: epochs between two drawings; none by epochs with 0.
+        micro_batch: pictures drawn at once on each device.
         judge: who says how many of the guided samples obey, as for ``test``; logged as ``samples/obey``.
     """
 
@@ -36,9 +40,12 @@ class GuidedSamples(L.Callback):
         n_samples: int = 4,
         seed: int = 0,
         every_n_steps: int = 1000,
+        every_n_epochs: int = 0,
+        micro_batch: int = 16,
         judge: str | None = None,
     ) -> None:
-        self.text, self.guidance_weight, self.every_n_steps = text or [], guidance_weight, every_n_steps
+        self.text, self.guidance_weight = text or [], guidance_weight
+        self.every_n_steps, self.every_n_epochs, self.micro_batch = every_n_steps, every_n_epochs, micro_batch
         self.seeds = range(seed, seed + n_samples)
         self.judge = None if judge is None else load_judge(Path(judge))
         for sentence in self.text if self.judge else []:
@@ -56,30 +63,52 @@ class GuidedSamples(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
+            self.draw(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self.draw(trainer, pl_module)
+
+    def draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw a share of the cells in each process, and show all of them, once a step."""
         step = trainer.global_step
-        if step == self._drawn_step or step % self.every_n_steps:
+        if step == self._drawn_step:
             return
         self._drawn_step = step
-        if trainer.is_global_zero:
-            with isolate_rng(), trainer.precision_plugin.forward_context():
-                self.draw(trainer, pl_module, step)
-
-    def draw(self, trainer: L.Trainer, pl_module: L.LightningModule, step: int) -> None:
         cells = self.cells(pl_module.sampling.method)
-        images = pl_module.draw(
-            [cell.text for cell in cells],
-            [cell.seed for cell in cells],
-            [cell.guidance_weight for cell in cells],
-        )
+        with isolate_rng(), trainer.precision_plugin.forward_context():
+            images = self.images(cells, trainer, pl_module)
+        folder, provenance = trainer.log_dir, pl_module.provenance()  # every process has a part in these
+        if trainer.is_global_zero:
+            self.show(trainer, cells, images, None if folder is None else Path(folder) / "samples", provenance)
+
+    def images(self, cells: list[Cell], trainer: L.Trainer, pl_module: L.LightningModule) -> Tensor:
+        """(cells, C, H, W), in every process."""
+        world, count = trainer.world_size, len(cells)
+        share = -(-count // world)
+        own = [cells[min(i * world + trainer.global_rank, count - 1)] for i in range(share)]
+        drawn = []
+        for start in range(0, share, self.micro_batch):
+            chunk = own[start : start + self.micro_batch]
+            requests = zip(*((cell.text, cell.seed, cell.guidance_weight) for cell in chunk), strict=True)
+            drawn.append(pl_module.draw(*map(list, requests)))
+        gathered = trainer.strategy.all_gather(torch.cat(drawn))  # (world, share, C, H, W)
+        return gathered.reshape(world, share, *drawn[0].shape[1:]).transpose(0, 1).flatten(0, 1)[:count]
+
+    def show(
+        self, trainer: L.Trainer, cells: list[Cell], images: Tensor, folder: Path | None, provenance: dict[str, Any]
+    ) -> None:
+        """To the logger, and to ``folder`` as a PNG."""
+        step = trainer.global_step
         sheet = figure({cell: to_picture(image) for cell, image in zip(cells, images, strict=True)})
         if self.judge is not None and self.text and trainer.logger is not None:
-            guided = images[len(self.seeds) :].cpu()
+            guided = images[len(self.seeds) :].float().cpu()
             verdicts = obeys(self.judge, guided, [cell.text for cell in cells if cell.text])
             share = sum(all(seen.values()) for seen in verdicts) / len(verdicts)
             trainer.logger.log_metrics({"samples/obey": share}, step)
         if isinstance(trainer.logger, L.pytorch.loggers.TensorBoardLogger):
             trainer.logger.experiment.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
-        if trainer.log_dir is not None:
-            folder = Path(trainer.log_dir) / "samples"
+        if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            save_png(folder / f"{step:08d}.png", sheet, f"step {step}; {pl_module.provenance()}")
+            save_png(folder / f"{step:08d}.png", sheet, f"step {step}; {provenance}")

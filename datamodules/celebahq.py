@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -60,7 +59,7 @@ class CelebAHQDataModule(L.LightningDataModule):
             raise InputError(f"val_count: {self.val_count} given; {self.path} has {len(good)} pictures")
         cut = len(good) - self.val_count
         pictures = Pictures(rows, self.size, self.image_column, self.caption_column, self.cache)
-        self.train_set = _Flipped(Subset(pictures, good[:cut]))
+        self.train_set = Subset(pictures, good[:cut])
         self.val_set = Subset(pictures, good[cut:] or good)
 
     def _rows(self) -> Any:
@@ -114,7 +113,7 @@ class CelebAHQDataModule(L.LightningDataModule):
             raise InputError(
                 f"batch_size: {self.batch_size} given; there are {len(self.train_set)} pictures to train on"
             )
-        return training_loader(self.train_set, self.batch_size, self.num_workers)
+        return training_loader(self.train_set, self.batch_size, self.num_workers, self.trainer)
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(self.val_set, batch_size=self.batch_size, num_workers=self.num_workers)
@@ -149,20 +148,6 @@ class Pictures(Dataset[dict]):
         if self._kept is not None:
             self._kept[index] = pixels
         return pixels
-
-
-class _Flipped(Dataset[dict]):
-    """Each picture mirrored half of the time."""
-
-    def __init__(self, pictures: Dataset[dict]) -> None:
-        self.pictures = pictures
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitem__(self, index: int) -> dict:
-        item = self.pictures[index]
-        return item | {"image": item["image"].flip(-1)} if torch.rand(()) < 0.5 else item
 
 
 def _open(source: dict[str, Any]) -> Image.Image:

@@ -300,8 +300,8 @@ class Faces(Dataset[dict]):
     position of the value in :data:`ATTRIBUTES`.
     """
 
-    def __init__(self, seed: int, count: int, size: int = 64, flip: bool = False, detail: float = 0.5) -> None:
-        self.seed, self.count, self.size, self.flip, self.detail = seed, count, size, flip, detail
+    def __init__(self, seed: int, count: int, size: int = 64, detail: float = 0.5) -> None:
+        self.seed, self.count, self.size, self.detail = seed, count, size, detail
         self._pixels = torch.zeros(count, 3, size, size, dtype=torch.uint8)
         self._drawn = torch.zeros(count, dtype=torch.bool)
 
@@ -314,8 +314,6 @@ class Faces(Dataset[dict]):
             self._pixels[index] = picture.permute(2, 0, 1)
             self._drawn[index] = True
         image = self._pixels[index].float() / 127.5 - 1
-        if self.flip and torch.rand(()) < 0.5:
-            image = image.flip(-1)
         face = attributes(self.seed, index)
         labels = torch.tensor([values.index(face[name]) for name, values in ATTRIBUTES.items()])
         return {"image": image, "caption": caption(self.seed, index, self.detail), "labels": labels}
@@ -351,11 +349,11 @@ class FacesDataModule(L.LightningDataModule):
         self.batch_size, self.num_workers = batch_size, num_workers
 
     def setup(self, stage: str) -> None:
-        self.train_set = Faces(self.seed, self.train_count, self.size, True, self.caption_detail)
-        self.val_set = Faces(self.seed + 1, self.val_count, self.size, False, self.caption_detail)
+        self.train_set = Faces(self.seed, self.train_count, self.size, self.caption_detail)
+        self.val_set = Faces(self.seed + 1, self.val_count, self.size, self.caption_detail)
 
     def train_dataloader(self) -> DataLoader:
-        return training_loader(self.train_set, self.batch_size, self.num_workers)
+        return training_loader(self.train_set, self.batch_size, self.num_workers, self.trainer)
 
     def val_dataloader(self) -> DataLoader:
         return DataLoader(self.val_set, batch_size=self.batch_size, num_workers=self.num_workers)

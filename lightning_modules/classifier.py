@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor
 
@@ -12,9 +11,10 @@ from diffusion.schedule import Schedule, ScheduleName
 from errors import InputError
 from lightning_modules.degrade import degrade, diffuse
 from lightning_modules.optim import OptimConfig, adamw
+from lightning_modules.reproducible import Reproducible
 
 
-class ClassifierModule(L.LightningModule):
+class ClassifierModule(Reproducible):
     """Learns the labels of pictures.
 
     Args:
@@ -47,6 +47,7 @@ class ClassifierModule(L.LightningModule):
         self.max_noise, self.blur = max_noise, blur
 
     def on_fit_start(self) -> None:
+        super().on_fit_start()
         if self.save_path is not None and self.save_path.exists():
             raise InputError(f"model.save_path: {self.save_path} exists; another name would do")
 

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -24,9 +23,10 @@ from diffusion.schedule import Schedule, ScheduleName
 from errors import InputError
 from lightning_modules.degrade import degrade, diffuse
 from lightning_modules.optim import OptimConfig, adamw
+from lightning_modules.reproducible import Reproducible
 
 
-class ClipModule(L.LightningModule):
+class ClipModule(Reproducible):
     """Trains an open_clip model (Radford et al. 2021) and writes it as an open_clip folder.
 
     Args:
@@ -86,6 +86,7 @@ class ClipModule(L.LightningModule):
             make_noise_aware(self.model)
 
     def on_fit_start(self) -> None:
+        super().on_fit_start()
         if self.save_dir is not None and self.save_dir.exists() and any(self.save_dir.iterdir()):
             raise InputError(f"model.save_dir: {self.save_dir} is not empty; another folder would do")
         self.contrastive_loss = contrastive_loss(self.global_rank, self.trainer.world_size)

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,9 +22,10 @@ from errors import InputError
 from lightning_modules.critics import Critics
 from lightning_modules.ema import EMA
 from lightning_modules.optim import OptimConfig, adamw
+from lightning_modules.reproducible import Reproducible
 
 
-class DDPMModule(L.LightningModule):
+class DDPMModule(Reproducible):
     """A denoising diffusion model (Ho et al. 2020), sampled under the guidance of a CLIP.
 
     Args:
@@ -149,6 +149,7 @@ class DDPMModule(L.LightningModule):
         self.log("val/loss", loss, batch_size=len(x0), prog_bar=True, sync_dist=True)
 
     def on_fit_start(self) -> None:
+        super().on_fit_start()
         data = getattr(self.trainer.datamodule, "size", self.architecture.image_size)
         if data != self.architecture.image_size:
             raise InputError(f"data.size: {data} given; {self.architecture.image_size}, the model's, would do")
@@ -314,12 +315,14 @@ class DDPMModule(L.LightningModule):
     # checkpoints: `state_dict` holds the averaged weights, `current_model_state` the ones that train
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint["architecture"] = self.architecture.to_dict()
         checkpoint["current_model_state"] = dict(checkpoint["state_dict"])
         for name, average in self.ema.average.items():
             checkpoint["state_dict"][f"unet.{name}"] = average.detach().clone()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
         self.configure_model()
         given = Architecture.from_dict(checkpoint["architecture"])
         difference = given.difference(self.architecture)

@@ -1,6 +1,7 @@
 """Several processes, stopped and started: the same pictures and the same weights."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -9,8 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
 from conftest import ROOT, metadata
 from PIL import Image
+
+from callbacks.checkpoints import last_checkpoint
 
 REQUESTS = ["--text", "an old man", "a girl", "--guidance_weight", "20", "--n_samples", "3", "--unguided", "false"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -86,3 +91,57 @@ def test_predict_gives_the_same_pictures_however_it_is_started(config: str, tmp_
     for name in ("three", "torchrun", "by hand"):
         same_pictures(tmp_path / "one", tmp_path / name)
         assert not list((tmp_path / name).glob(".*")), name
+
+
+FIT = """
+trainer:
+  max_steps: 26
+  val_check_interval: 4
+  check_val_every_n_epoch: null
+  callbacks:
+    - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+      init_args: {every_n_train_steps: 3, save_last: true, save_on_exception: true, save_top_k: -1}
+    - class_path: callbacks.guided_samples.GuidedSamples
+      init_args: {text: [an old man], n_samples: 1, every_n_steps: 7}
+data:
+  init_args: {train_count: 80}
+"""
+
+
+def fit(config: str, runs: Path, *more: str, **options: str) -> subprocess.Popen:
+    """Epochs of 10 batches on one process, 5 on two; every third step a checkpoint, within them and at their ends."""
+    second = Path(config).with_name("fit.yaml")
+    second.write_text(FIT)
+    flags = ["fit", "-c", config, "-c", str(second), "--trainer.logger.init_args.save_dir", str(runs)]
+    return start(*flags, *more, **options)
+
+
+def state(runs: Path) -> dict[str, torch.Tensor]:
+    """What the newest checkpoint holds that must be equal to the bit."""
+    checkpoint = torch.load(last_checkpoint(runs), weights_only=True)
+    state = {f"average {name}": value for name, value in checkpoint["state_dict"].items()}
+    state |= {f"raw {name}": value for name, value in checkpoint["current_model_state"].items()}
+    for i, slots in checkpoint["optimizer_states"][0]["state"].items():
+        state |= {f"optimiser {i} {name}": value for name, value in slots.items()}
+    return state | {"step": torch.tensor(checkpoint["global_step"])}
+
+
+def same_state(a: Path, b: Path) -> None:
+    one, other = state(a), state(b)
+    assert one.keys() == other.keys()
+    assert not [name for name, value in one.items() if not torch.equal(value, other[name])]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_fit_ends_as_one_that_was_not(config: str, tmp_path: Path, processes: int) -> None:
+    finish(fit(config, tmp_path / "whole", *ddp(processes)))
+    stopped = tmp_path / "stopped"
+    for step in (3, 12):  # within the first epoch, and after the second or in the third
+        process = fit(config, stopped, *ddp(processes), "--ckpt_path", "last")
+        until(lambda step=step: list(stopped.rglob(f"*step={step}.ckpt")), process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert state(stopped)["step"] < 26
+    said = finish(fit(config, stopped, *ddp(processes), "--ckpt_path", "last"))
+    assert "ckpt_path: " in said
+    same_state(tmp_path / "whole", stopped)
