@@ -1,6 +1,7 @@
 """The command line: ``python cli.py {fit,validate,test,predict} -c CONFIG …`` and ``python cli.py convert IN OUT``."""
 
 import logging
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, Literal, get_type_hints
 from jsonargparse import auto_cli
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from callbacks.checkpoints import WholeCheckpointIO, check, last_checkpoint
 from callbacks.evaluation import Evaluation
@@ -230,6 +232,8 @@ def main(args: list[str] | None = None) -> None:
         )
     except (InputError, GuidanceError) as error:
         sys.exit(f"error: {error}")
+    except SIGTERMException:  # raised when all is saved
+        sys.exit(128 + signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ trainer:
   check_val_every_n_epoch: null
   callbacks:
     - class_path: lightning.pytorch.callbacks.ModelCheckpoint
-      init_args: {every_n_train_steps: 3, save_last: true, save_on_exception: true, save_top_k: -1}
+      init_args: {every_n_train_steps: EVERY, save_last: true, save_on_exception: true, save_top_k: -1}
     - class_path: callbacks.guided_samples.GuidedSamples
       init_args: {text: [an old man], n_samples: 1, every_n_steps: 7}
 data:
@@ -108,10 +108,10 @@ data:
 """
 
 
-def fit(config: str, runs: Path, *more: str, **options: str) -> subprocess.Popen:
+def fit(config: str, runs: Path, *more: str, every: int = 3, **options: str) -> subprocess.Popen:
     """Epochs of 10 batches on one process, 5 on two; every third step a checkpoint, within them and at their ends."""
     second = Path(config).with_name("fit.yaml")
-    second.write_text(FIT)
+    second.write_text(FIT.replace("EVERY", str(every)))
     flags = ["fit", "-c", config, "-c", str(second), "--trainer.logger.init_args.save_dir", str(runs)]
     return start(*flags, *more, **options)
 
@@ -144,4 +144,40 @@ def test_a_killed_fit_ends_as_one_that_was_not(config: str, tmp_path: Path, proc
     assert state(stopped)["step"] < 26
     said = finish(fit(config, stopped, *ddp(processes), "--ckpt_path", "last"))
     assert "ckpt_path: " in said
+    same_state(tmp_path / "whole", stopped)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_sigterm_saves_first(config: str, tmp_path: Path, processes: int) -> None:
+    finish(fit(config, tmp_path / "whole", *ddp(processes)))
+    stopped = tmp_path / "stopped"
+    process = fit(config, stopped, *ddp(processes), every=1000)
+    until(lambda: list(stopped.rglob("samples/*.png")), process)  # after step 7
+    process.terminate()
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 128 + signal.SIGTERM, said
+    assert 7 <= state(stopped)["step"] < 26
+    finish(fit(config, stopped, *ddp(processes), "--ckpt_path", "last"))
+    same_state(tmp_path / "whole", stopped)
+
+
+def test_slurms_signal_saves_and_requeues(config: str, tmp_path: Path) -> None:
+    """A job of one process, with an scontrol that writes down what it is asked."""
+    tools, asked = tmp_path / "bin", tmp_path / "asked"
+    tools.mkdir()
+    (tools / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
+    (tools / "scontrol").chmod(0o755)
+    job = {"NTASKS": "1", "JOB_NAME": "train", "JOB_ID": "77", "LOCALID": "0", "NODEID": "0", "PROCID": "0"}
+    job |= {"NTASKS_PER_NODE": "1", "NNODES": "1", "NODELIST": "localhost", "JOB_NODELIST": "localhost"}
+    slurm = {f"SLURM_{name}": value for name, value in job.items()} | {"PATH": f"{tools}:{os.environ['PATH']}"}
+    finish(fit(config, tmp_path / "whole"))
+    stopped, more = tmp_path / "stopped", ["-c", str(ROOT / "configs/slurm.yaml"), "--ckpt_path", "last"]
+    process = fit(config, stopped, *more, every=1000, **slurm)
+    until(lambda: list(stopped.rglob("samples/*.png")), process)
+    process.send_signal(signal.SIGUSR1)
+    said = process.communicate(timeout=60)[0]
+    assert asked.read_text() == "requeue 77\n", said
+    assert process.returncode == 128 + signal.SIGTERM
+    assert list(stopped.rglob("requeue.ckpt"))
+    assert "/checkpoints/" in finish(fit(config, stopped, *more, **slurm))
     same_state(tmp_path / "whole", stopped)

@@ -1,0 +1,47 @@
+"""What SLURM's warning does: save, ask for the job again, and stop."""
+
+import logging
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+logger = logging.getLogger(__name__)
+
+
+class Requeue(L.Callback):
+    """At a signal, waits for the end of the step in all processes, saves ``requeue.ckpt`` and asks for the job again.
+
+    The job goes on with ``--ckpt_path last``. Lightning's own requeueing saves wherever a step happens to be.
+
+    Args:
+        signal_name: what ``sbatch --signal`` sends some time before the job ends.
+    """
+
+    def __init__(self, signal_name: Literal["SIGUSR1", "SIGUSR2"] = "SIGUSR1") -> None:
+        self.signal_name, self.warned = signal_name, False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        signal.signal(signal.Signals[self.signal_name], self._warn)
+
+    def _warn(self, number: int, frame: Any) -> None:
+        self.warned = True
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # The processes hear of it in different steps.
+        if not trainer.strategy.reduce_boolean_decision(self.warned, all=False):
+            return
+        path = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints/requeue.ckpt"
+        trainer.save_checkpoint(path)
+        if trainer.is_global_zero:
+            job = os.environ.get("SLURM_JOB_ID")
+            logger.warning(f"{self.signal_name}: saved {path}; asking for job {job} again")
+            if job is not None:
+                subprocess.run(["scontrol", "requeue", job], check=True)
+        raise SIGTERMException
