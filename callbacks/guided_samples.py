@@ -92,7 +92,7 @@ class GuidedSamples(L.Callback):
         for start in range(0, share, self.micro_batch):
             chunk = own[start : start + self.micro_batch]
             requests = zip(*((cell.text, cell.seed, cell.guidance_weight) for cell in chunk), strict=True)
-            drawn.append(pl_module.draw(*map(list, requests)))
+            drawn.append(pl_module.draw(*map(list, requests))[0])
         gathered = trainer.strategy.all_gather(torch.cat(drawn))  # (world, share, C, H, W)
         return gathered.reshape(world, share, *drawn[0].shape[1:]).transpose(0, 1).flatten(0, 1)[:count]
 

@@ -19,7 +19,7 @@ from errors import InputError
 CONFIG_FILE = "config.predict.yaml"
 PACKAGES = ("clipward", "torch", "lightning", "open_clip_torch")
 NOT_OF_THE_PICTURE = ("trainer", "data", "micro_batch", "save_dir", "overwrite", "shard_size", "seed_everything")
-OF_ONE_PICTURE = ("file_name", "index", "clip_similarity", "shard")
+OF_ONE_PICTURE = ("file_name", "index", "clip_similarity", "float32_retries", "shard")
 GRID_ROWS, GRID_COLUMNS = 16, 24
 
 
@@ -116,6 +116,7 @@ class PredictionWriter(BasePredictionWriter):
                     "seed": batch["seed"][i],
                     "guidance_weight": batch["guidance_weight"][i],
                     "clip_similarity": prediction["clip_similarity"][i],
+                    "float32_retries": prediction["float32_retries"][i],
                     **common,
                 }
                 self.gallery.add(row, to_picture(prediction["image"][i]))
@@ -161,7 +162,7 @@ def _difference(theirs: str, ours: str) -> str:
     """The first setting that makes other pictures, or nothing; how they are computed is left out."""
     a, b = (_flat(yaml.safe_load(text) or {}) for text in (theirs, ours))
     for key in sorted({*a, *b}):
-        if key.split(".")[0] not in NOT_OF_THE_PICTURE and a.get(key) != b.get(key):
+        if (key.split(".")[0] not in NOT_OF_THE_PICTURE or key == "trainer.precision") and a.get(key) != b.get(key):
             return f"{key}: {a.get(key)!r} there, {b.get(key)!r} here"
     return ""
 

@@ -36,7 +36,8 @@ class PromptDataModule(L.LightningDataModule):
             rows that have ``text`` and may have ``seed`` and ``guidance_weight``, each a request (``n_samples`` seeds
             of it where it names no seed): a ``.jsonl`` file, a ``.parquet`` file, a data set on the hub, or in Python
             anything that gives dictionaries, such as a streaming set of ``datasets``. Rows are never loaded whole.
-        micro_batch: pictures that are sampled at once on each device, or ``auto``.
+        micro_batch: pictures that are sampled at once on each device; ``auto`` is as many as fit on a GPU, and 16
+            on a CPU.
     """
 
     def __init__(
@@ -81,8 +82,10 @@ class PromptDataModule(L.LightningDataModule):
         return self._loader(sorted(self.requests, key=lambda request: request.guidance_weight))
 
     def _loader(self, requests: Iterable[Request]) -> DataLoader:
-        size = 256 if self.micro_batch == "auto" else self.micro_batch
         rank, world = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        size = self.micro_batch
+        if size == "auto":  # where memory runs out on a GPU, it is halved; a CPU would swap
+            size = 256 if self.trainer is not None and self.trainer.strategy.root_device.type == "cuda" else 16
         return DataLoader(Dealt(requests, size, self.done, rank, world), batch_size=None)
 
 

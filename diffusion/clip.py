@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from diffusion.noise_level import LevelledConv
 from diffusion.weights import read_safetensors, state_hash, whole
@@ -52,6 +53,7 @@ class Clip:
         self.noise_aware = isinstance(getattr(self.model.visual, "conv1", None), LevelledConv)
         self.context_length: int = tokenizer.context_length
         self._texts: dict[str, Tensor] = {}
+        self.checkpointing = False  # compute what a backward pass needs anew, in place of keeping it
 
     @classmethod
     def load(cls, name: str) -> "Clip":
@@ -129,7 +131,8 @@ class Clip:
         for text in dict.fromkeys(texts):
             if text not in self._texts:
                 self._check_length(text)
-                features = self.model.encode_text(self.tokenizer([text]).to(device))
+                with torch.autocast(device.type, enabled=False):
+                    features = self.model.encode_text(self.tokenizer([text]).to(device))
                 self._texts[text] = F.normalize(features.float(), dim=-1)[0]
         return torch.stack([self._texts[text].to(device) for text in texts])
 
@@ -157,8 +160,11 @@ class Clip:
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """The same of what :func:`preprocess` returns."""
+        encode = self.model.encode_image
         with torch.autocast(pixels.device.type, enabled=False):
-            return F.normalize(self.model.encode_image(pixels).float(), dim=-1)
+            recompute = self.checkpointing and torch.is_grad_enabled()
+            features = checkpoint(encode, pixels, use_reentrant=False) if recompute else encode(pixels)
+            return F.normalize(features.float(), dim=-1)
 
 
 def _from_openai(file: Path) -> nn.Module:

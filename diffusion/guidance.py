@@ -18,6 +18,7 @@ without the fresh noise it guides about twice as hard as at η = 1. Over few ste
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -66,12 +67,49 @@ class GuidanceError(RuntimeError):
 
 
 class GuidedDenoiser:
-    """A denoiser, run once, and ``guidances`` folded over what it predicts; none of them is unguided sampling."""
+    """A denoiser, run once, and ``guidances`` folded over what it predicts; none of them is unguided sampling.
 
-    def __init__(self, denoise: Denoiser, guidances: Sequence[Guidance]) -> None:
-        self.denoise, self.guidances = denoise, tuple(guidances)
+    Args:
+        denoise: what is guided.
+        guidances: in the order in which they change a prediction.
+        in_float32: a context in which all of it computes in float32, where it does not anyway. Images whose prediction
+            is not finite, as a gradient in half precision may overflow, are computed there again, and no others.
+
+    Attributes:
+        retries: for each image, the steps that were computed again.
+
+    Raises:
+        GuidanceError: when called, where an image's prediction is not finite.
+    """
+
+    def __init__(
+        self,
+        denoise: Denoiser,
+        guidances: Sequence[Guidance],
+        in_float32: Callable[[], AbstractContextManager] | None = None,
+    ) -> None:
+        self.denoise, self.guidances, self.in_float32 = denoise, tuple(guidances), in_float32
+        self.retries: Tensor | int = 0
 
     def __call__(self, x: Tensor, step: Step) -> Prediction:
+        pred = self._guided(x, step)
+        broken = _broken(pred)
+        if self.in_float32 is not None:
+            self.retries = self.retries + broken.long()
+            if broken.any():
+                with self.in_float32():
+                    again = self._guided(x, step)
+                chosen = broken[:, None, None, None]
+                variance = torch.where(chosen, again.variance, pred.variance)
+                x0, eps = torch.where(chosen, again.x0, pred.x0), torch.where(chosen, again.eps, pred.eps)
+                pred = Prediction(x0, eps, variance)
+                broken = _broken(pred)
+        if broken.any():
+            reason = f"the guidance has no gradient, or one that is not finite, at t={step.t}"
+            raise GuidanceError(int(broken.nonzero()[0]), reason)
+        return pred
+
+    def _guided(self, x: Tensor, step: Step) -> Prediction:
         needs_graph = any(guidance.needs_graph(step) for guidance in self.guidances)
         x = x.detach().requires_grad_(needs_graph)
         with torch.set_grad_enabled(needs_graph):
@@ -79,6 +117,11 @@ class GuidedDenoiser:
             for guidance in self.guidances:
                 pred = guidance(pred, x, step)
         return Prediction(*(field.detach() for field in pred))
+
+
+def _broken(pred: Prediction) -> Tensor:
+    """(B,): whether an image's prediction is not finite."""
+    return ~torch.isfinite(pred.x0.flatten(1).sum(dim=1) + pred.eps.flatten(1).sum(dim=1))
 
 
 class Clamp:
@@ -135,13 +178,13 @@ def grad_clean(loss: Loss, pred: Prediction, x: Tensor, step: Step) -> Tensor:
 
 def grad_denoised(loss: Loss, pred: Prediction, x: Tensor, step: Step) -> Tensor:
     """∇_{x_t} L(x̂0(x_t)), through the network."""
-    return torch.autograd.grad(loss(pred.x0, step).sum(), x, retain_graph=True)[0]
+    return _derivative(loss(pred.x0, step), x)
 
 
 def grad_blended(loss: Loss, pred: Prediction, x: Tensor, step: Step) -> Tensor:
     """∇_{x_t} L(√(1−ᾱ_t)·x̂0 + (1 − √(1−ᾱ_t))·x_t), through the network (Crowson's clip-guided diffusion)."""
     share = (1 - step.alpha_bar_t) ** 0.5
-    return torch.autograd.grad(loss(share * pred.x0 + (1 - share) * x, step).sum(), x, retain_graph=True)[0]
+    return _derivative(loss(share * pred.x0 + (1 - share) * x, step), x)
 
 
 def grad_pixels(loss: PixelLoss, pred: Prediction, x: Tensor, step: Step) -> Tensor:
@@ -154,7 +197,15 @@ def grad_pixels(loss: PixelLoss, pred: Prediction, x: Tensor, step: Step) -> Ten
 
 def _gradient(loss: Loss, at: Tensor, step: Step) -> Tensor:
     with torch.enable_grad():
-        return torch.autograd.grad(loss(at, step).sum(), at)[0]
+        return _derivative(loss(at, step), at)
+
+
+def _derivative(scores: Tensor, at: Tensor) -> Tensor:
+    """∂(Σ scores)/∂at; float16, whose smallest number is 6e-8, has it multiplied by 2¹⁰ on the way."""
+    device = at.device.type
+    half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    scale = 2.0**10 if half else 1.0
+    return torch.autograd.grad(scale * scores.sum(), at, retain_graph=True)[0] / scale
 
 
 # how it is injected: (pred, s·g, step) -> Prediction
@@ -209,9 +260,6 @@ class GradientGuidance:
         limit: how far the mean may be moved, as a share of the noise that a step adds: the largest root mean square of
             σ_t·s·g, whose like in the noise is 1. What is more is scaled down, image by image.
         required: whether a gradient of 0 is an error, as it is for what a text asks.
-
-    Raises:
-        GuidanceError: when called, where an image with a weight has no gradient, or one that is not finite.
     """
 
     loss: Loss
@@ -228,7 +276,7 @@ class GradientGuidance:
     def __call__(self, pred: Prediction, x: Tensor, step: Step) -> Prediction:
         g = self.gradient(self.loss, pred, x, step)
         guided = self.weight != 0
-        check_gradient(g, guided, step, self.required)
+        g = refuse_zero(g) if self.required else g
         scale = 1.0 if self.scale is None else self.scale(g, pred, step)
         direction = self.weight[:, None, None, None] * scale * g
         if self.limit is not None:
@@ -264,8 +312,7 @@ class Descent:
         x0 = pred.x0.detach()
         mean, square = torch.zeros_like(x0), torch.zeros_like(x0)
         for i in range(1, self.count + 1):
-            g = _gradient(self.loss, x0.clone().requires_grad_(), step)
-            check_gradient(g, guided, step)
+            g = refuse_zero(_gradient(self.loss, x0.clone().requires_grad_(), step))
             if self.adam:
                 mean, square = 0.9 * mean + 0.1 * g, 0.999 * square + 0.001 * g**2
                 g = (mean / (1 - 0.9**i)) / ((square / (1 - 0.999**i)).sqrt() + 1e-8)
@@ -309,13 +356,7 @@ class Together:
         )
 
 
-def check_gradient(g: Tensor, guided: Tensor, step: Step, required: bool = True) -> None:
-    """Raise :class:`GuidanceError` where an image that is guided, (B,), has no gradient or a broken one."""
-    size = g.flatten(1).norm(dim=1)  # (B,)
-    broken = guided & ~torch.isfinite(size)
-    if required:
-        broken |= guided & (size == 0)
-    if broken.any():
-        position = int(broken.nonzero()[0])
-        what = "no gradient" if size[position] == 0 else "a gradient that is not finite"
-        raise GuidanceError(position, f"the guidance has {what} at t={step.t}")
+def refuse_zero(g: Tensor) -> Tensor:
+    """NaN for an image whose gradient is 0, so that what does nothing is found as what is broken is."""
+    nothing = (g == 0).flatten(1).all(dim=1)
+    return torch.where(nothing[:, None, None, None], torch.nan, g)

@@ -41,7 +41,7 @@ class Noise:
     def _one(self, seed: int, k: int | str) -> Tensor:
         digest = hashlib.blake2b(f"{seed}/{k}".encode(), digest_size=7).digest()
         self._generator.manual_seed(int.from_bytes(digest, "little"))
-        return torch.randn(self.shape, generator=self._generator, device=self.device)
+        return torch.randn(self.shape, generator=self._generator, device=self.device, dtype=torch.float32)
 
 
 def sample(denoise: Denoiser, steps: Sequence[Step], update: Update, noise: Noise) -> Iterator[State]:

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from errors import InputError
 
@@ -81,6 +82,7 @@ class UNet(nn.Module):
         channels, image_channels, num_res_blocks = config.channels, config.image_channels, config.num_res_blocks
         out_channels = image_channels if config.out_channels is None else config.out_channels
         self.patch, self.time_channels, self.freq_shift = config.patch, channels[0], config.freq_shift
+        self.checkpointing = False  # recompute each block's activations on the way back, in place of keeping them
         time_dim = 4 * channels[0]
         self.time_in, self.time_out = nn.Linear(channels[0], time_dim), nn.Linear(time_dim, time_dim)
 
@@ -132,26 +134,32 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x: (B, C, H, W), H and W multiples of the stride; t: (B,) timesteps. Returns (B, out_channels, H, W)."""
+        x = x.to(self.conv_in.weight.dtype)
         emb = time_embedding(t, self.time_channels, self.freq_shift).to(x.dtype)
         emb = F.silu(self.time_out(F.silu(self.time_in(emb))))
         h = self.conv_in(F.pixel_unshuffle(x, self.patch))
         skips = [h]
         for stage in self.down:
             for block, attention in zip(stage["blocks"], stage["attentions"], strict=True):
-                h = attention(block(h, emb))
+                h = attention(self._run(block, h, emb))
                 skips.append(h)
             if "resample" in stage:
                 h = stage["resample"](h, emb)
                 skips.append(h)
         first, attention, second = self.middle
-        h = second(attention(first(h, emb)), emb)
+        h = self._run(second, attention(self._run(first, h, emb)), emb)
         for stage in self.up:
             for block, attention in zip(stage["blocks"], stage["attentions"], strict=True):
-                h = attention(block(torch.cat([h, skips.pop()], dim=1), emb))
+                h = attention(self._run(block, torch.cat([h, skips.pop()], dim=1), emb))
             if "resample" in stage:
                 h = stage["resample"](h, emb)
         h = self.conv_out(F.silu(self.norm_out(h)))
         return F.pixel_shuffle(h, self.patch)
+
+    def _run(self, block: nn.Module, h: Tensor, emb: Tensor) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, h, emb, use_reentrant=False)
+        return block(h, emb)
 
 
 def time_embedding(t: Tensor, dim: int, freq_shift: int = 1) -> Tensor:

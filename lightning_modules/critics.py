@@ -24,6 +24,7 @@ class Critics:
         noisy_clip: the name of a noise-aware CLIP.
         bank: texts that a picture could show instead.
         classifier: the path of a noise-aware classifier.
+        checkpointing: CLIPs compute what a backward pass needs anew, in place of keeping it.
     """
 
     def __init__(
@@ -33,24 +34,26 @@ class Critics:
         noisy_clip: str | None = None,
         bank: list[str] | None = None,
         classifier: str | None = None,
+        checkpointing: bool = False,
     ) -> None:
         self.names, self.weights = clip, [1.0] * len(clip) if weights is None else weights
         if len(self.weights) != len(clip) or not all(weight > 0 for weight in self.weights):
             raise InputError(f"clip_weights: {self.weights} given; a number above 0 for each clip would do")
         self.noisy_name, self.bank, self.classifier_path = noisy_clip, bank or [], classifier
+        self.checkpointing = checkpointing
 
     @cached_property
     def clips(self) -> list[Clip]:
         if not self.names:
             raise InputError("clip: none given; an open_clip folder or name would do, for there is a text to obey")
-        return [Clip.load(name) for name in self.names]
+        return [self._load(name) for name in self.names]
 
     @cached_property
     def noisy_clip(self) -> Clip:
         wanted = "one that configs/faces_noisy_clip.yaml makes would do"
         if self.noisy_name is None:
             raise InputError(f"noisy_clip: none given, for a method that looks at noisy pictures; {wanted}")
-        clip = Clip.load(self.noisy_name)
+        clip = self._load(self.noisy_name)
         if not clip.noise_aware:
             raise InputError(f"noisy_clip: {self.noisy_name} knows no noise; {wanted}")
         return clip
@@ -64,6 +67,11 @@ class Critics:
         if not classifier.noise_aware:
             raise InputError(f"classifier: {self.classifier_path} knows no noise; {wanted}")
         return classifier
+
+    def _load(self, name: str) -> Clip:
+        clip = Clip.load(name)
+        clip.checkpointing = self.checkpointing
+        return clip
 
     def load(self, kind: Kind | None) -> None:
         """Load what a method of this kind asks, if there is one, and the CLIPs that pictures are scored by."""

@@ -1,11 +1,13 @@
 """The diffusion model: training, fine-tuning and guided sampling."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_error
 from torch import Tensor
 from tqdm import tqdm
 
@@ -14,7 +16,7 @@ from diffusion.bound import variational_bound
 from diffusion.denoiser import NetworkDenoiser, Parametrisation, VarType, to_x0, training_target
 from diffusion.guidance import Clamp, GuidanceError, GuidedDenoiser, RefuseFlat, Within
 from diffusion.methods import METHODS, Method, SamplingConfig
-from diffusion.sampling import Noise, State, ancestral, ddim, sample
+from diffusion.sampling import Noise, Update, ancestral, ddim, sample
 from diffusion.schedule import Betas, Schedule, ScheduleName, Step, time_travel
 from diffusion.unet import UNet, UNetConfig
 from diffusion.weights import Weights, load_weights, save_weights, state_hash
@@ -50,6 +52,8 @@ class DDPMModule(Reproducible):
         classifier: a noise-aware classifier, for classifier guidance.
         sampling: how pictures are made.
         optim: the optimiser and its schedule.
+        checkpoint_activations: compute what a backward pass needs of the U-Net's blocks and of CLIP anew, in place of
+            keeping it: a third more time and a fraction of the memory.
         ema_decay: of the averaged weights, which validation, sampling and prediction use.
         save_path: safetensors that are written at the end of ``fit``: the averaged weights in half precision, and what
             network they are for; none is written without it.
@@ -72,6 +76,7 @@ class DDPMModule(Reproducible):
         bank: list[str] | None = None,
         classifier: str | None = None,
         sampling: SamplingConfig = SamplingConfig(),
+        checkpoint_activations: bool = False,
         optim: OptimConfig = OptimConfig(),
         ema_decay: float = 0.9999,
         save_path: str | None = None,
@@ -83,7 +88,8 @@ class DDPMModule(Reproducible):
         self.use_ema = use_ema
         self.weights_path, self.default_weights = weights, default_weights
         names = [clip] if isinstance(clip, str) else clip or []
-        self.critics = Critics(names, clip_weights, noisy_clip, bank, classifier)
+        self.critics = Critics(names, clip_weights, noisy_clip, bank, classifier, checkpoint_activations)
+        self.checkpoint_activations = checkpoint_activations
         self.sampling = sampling
         self.optim = optim
         self.ema_decay = ema_decay
@@ -91,6 +97,7 @@ class DDPMModule(Reproducible):
         self.unet: UNet | None = None
         self.trained = False  # whether the network has weights from anywhere but chance
         self._provenance: dict[str, Any] | None = None
+        self._part: int | None = None  # the most pictures that memory has had room for, once it had none for more
 
     def configure_model(self) -> None:
         if self.unet is not None:
@@ -109,6 +116,7 @@ class DDPMModule(Reproducible):
         architecture = self.architecture
         self.schedule = Schedule.named(architecture.schedule, architecture.num_timesteps, architecture.betas)
         self.unet = UNet(architecture.unet)
+        self.unet.checkpointing = self.checkpoint_activations
         if weights is not None:
             weights.into(self.unet)
             self.trained = True
@@ -170,14 +178,11 @@ class DDPMModule(Reproducible):
 
     # sampling
 
-    def sample(self, text: Sequence[str], seed: Sequence[int], guidance_weight: Sequence[float]) -> Iterator[State]:
-        """Walk from noise to pictures, one for each text, seed and weight (lists of one length).
+    def guided_denoiser(self, text: Sequence[str], guidance_weight: Sequence[float], noise: Noise) -> GuidedDenoiser:
+        """What denoises one picture for each text and weight.
 
-        A weight of 0 leaves a picture unguided; its text may then be empty. The states are those of
-        :func:`diffusion.sampling.sample`, ``len(self.steps)`` of them.
+        A weight of 0 leaves a picture unguided; its text may then be empty.
         """
-        config, size = self.sampling, self.architecture.image_size
-        noise = Noise(seed, (self.architecture.unet.image_channels, size, size), self.device)
         denoise = NetworkDenoiser(self.unet, self.architecture.parametrisation, self.var_type)
         guidances = [Clamp()] if self.clip_denoised else []
         if any(guidance_weight):
@@ -188,26 +193,85 @@ class DDPMModule(Reproducible):
                 raise InputError(f"sampling.interval: no step lies in ({low:g}, {high:g}]; a wider one would do")
             for guidance in (RefuseFlat(weight), *self.method.guide(critic, weight)):
                 guidances.append(Within(guidance, low, high))
-        update = ddim(config.ddim_eta) if config.ddim else ancestral
-        return sample(GuidedDenoiser(denoise, guidances), self.steps, update, noise)
+        halved = torch.is_autocast_enabled(self.device.type) or self.unet.conv_in.weight.dtype != torch.float32
+        return GuidedDenoiser(denoise, guidances, self._in_float32 if halved else None)
 
     @torch.enable_grad()
     def draw(
         self, text: Sequence[str], seed: Sequence[int], guidance_weight: Sequence[float], progress: bool = False
-    ) -> Tensor:
-        """The pictures that :meth:`sample` ends with, (B, C, H, W) in [-1, 1], by the averaged weights."""
-        count, training = len(seed), self.unet.training
+    ) -> tuple[Tensor, list[int]]:
+        """Walk from noise to pictures, one for each text, seed and weight of three lists, by the averaged weights.
+
+        Returns:
+            (B, C, H, W) in [-1, 1], and for each the steps that half precision was too little for.
+        """
+        count, training, dtype = len(seed), self.unet.training, torch.get_default_dtype()
         fill = -count % self.sampling.batch_multiple
-        filled = ([*values, *[values[-1]] * fill] for values in (text, seed, guidance_weight))
+        text, seed, guidance_weight = ([*values, *[values[-1]] * fill] for values in (text, seed, guidance_weight))
+        noise = self.noise(seed)
         self.unet.eval()
+        torch.set_default_dtype(torch.float32)  # Lightning sets another for half precision
         try:
             with self.ema.applied():
-                states = self.sample(*filled)
+                denoise = self.guided_denoiser(text, guidance_weight, noise)
+                states = sample(denoise, self.steps, self.update, noise)
                 for state in tqdm(states, total=len(self.steps), desc="steps", leave=False, disable=not progress):
                     image = state.x
         finally:
+            torch.set_default_dtype(dtype)
             self.unet.train(training)
-        return image[:count].clamp(-1, 1)
+        retries = [0] * count if denoise.in_float32 is None else denoise.retries[:count].tolist()
+        return image[:count].clamp(-1, 1), retries
+
+    def draw_what_fits(
+        self, text: Sequence[str], seed: Sequence[int], guidance_weight: Sequence[float], progress: bool = False
+    ) -> tuple[Tensor, list[int]]:
+        """:meth:`draw` in parts: where memory runs out, half as many at once from then on.
+
+        Raises:
+            InputError: where there is no room for the fewest.
+        """
+        images, retries, at = [], [], 0
+        while at < len(seed):
+            part = slice(at, at + (self._part or len(seed)))
+            try:
+                image, again = self.draw(text[part], seed[part], guidance_weight[part], progress)
+            except RuntimeError as error:
+                if not is_oom_error(error):
+                    raise
+                self._part = self._halved(len(seed[part]), error)
+                garbage_collection_cuda()
+                continue
+            images.append(image)
+            retries += again
+            at += len(image)
+        return torch.cat(images), retries
+
+    def _halved(self, size: int, error: RuntimeError) -> int:
+        if size <= self.sampling.batch_multiple:
+            raise InputError(
+                f"micro_batch: not even {self.sampling.batch_multiple} pictures fit into memory; "
+                "--model.checkpoint_activations true or --model.sampling.batch_multiple 1 would need less"
+            ) from error
+        return size // 2
+
+    @contextmanager
+    def _in_float32(self) -> Iterator[None]:
+        dtype = self.unet.conv_in.weight.dtype
+        self.unet.float()
+        try:
+            with torch.autocast(self.device.type, enabled=False):
+                yield
+        finally:
+            self.unet.to(dtype)
+
+    def noise(self, seed: Sequence[int]) -> Noise:
+        size = self.architecture.image_size
+        return Noise(seed, (self.architecture.unet.image_channels, size, size), self.device)
+
+    @property
+    def update(self) -> Update:
+        return ddim(self.sampling.ddim_eta) if self.sampling.ddim else ancestral
 
     @property
     def var_type(self) -> VarType:
@@ -243,14 +307,16 @@ class DDPMModule(Reproducible):
 
         Returns:
             ``image``: (B, C, H, W) in [-1, 1]; ``clip_similarity``: a cosine for each picture that has a text, else
-            None; ``provenance``: what all pictures of this run have in common.
+            None; ``float32_retries``: for each picture the steps that half precision was too little for;
+            ``provenance``: what all pictures of this run have in common.
         """
         # Gradients are needed here, and Lightning's Trainer predicts in inference mode unless told otherwise.
         with torch.inference_mode(False), torch.enable_grad():
             if any(p.is_inference() for p in self.unet.parameters()):
                 raise RuntimeError("the network was made in inference mode and can't guide")
             try:
-                image = self.draw(batch["text"], batch["seed"], batch["guidance_weight"], self._shows_progress)
+                requests = batch["text"], batch["seed"], batch["guidance_weight"]
+                image, retries = self.draw_what_fits(*requests, self._shows_progress)
             except GuidanceError as error:
                 position = min(error.position, len(batch["seed"]) - 1)  # beyond it, the last request fills the batch
                 request = {name: values[position] for name, values in batch.items()}
@@ -258,6 +324,7 @@ class DDPMModule(Reproducible):
             return {
                 "image": image,
                 "clip_similarity": self.clip_similarity(image, batch["text"]),
+                "float32_retries": retries,
                 "provenance": self.provenance(),
             }
 
@@ -287,6 +354,7 @@ class DDPMModule(Reproducible):
                 "weights": None if self.trainer.training else str(self.weights_path or self.trainer.ckpt_path),
                 "weights_hash": state_hash(self.ema.average),
                 **self.critics.provenance(self.method.critic),
+                "precision": str(self.trainer.precision),
                 "device": self.device.type,
             }
         return self._provenance

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 class EMA:
     """Averages the parameters of ``network``: ``average = decay·average + (1 − decay)·weight`` after each step.
 
+    The averages are float32 whatever the parameters are: half precision has no room for what a step adds.
+
     Args:
         network: whose parameters are averaged, in their own order and on their own device.
         decay: the limit of the decay, which starts low and rises as (1 + n) / (10 + n).
@@ -17,30 +19,29 @@ class EMA:
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.network, self.decay = network, decay
-        self.average = {name: p.detach().clone() for name, p in network.named_parameters()}
+        self.average = {name: p.detach().float().clone() for name, p in network.named_parameters()}
 
     @torch.no_grad()
     def update(self, n: int) -> None:
         """Take the weights in after step ``n`` (1 is the first)."""
         decay = min(self.decay, (1 + n) / (10 + n))
         for name, p in self.network.named_parameters():
-            self.average[name] = self.average[name].to(p.device).lerp_(p.detach(), 1 - decay)
+            self.average[name] = self.average[name].to(p.device).lerp_(p.detach().float(), 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within, the network has the averaged weights."""
-        self._swap()
+        own = {name: p.detach().clone() for name, p in self.network.named_parameters()}
+        self._fill(self.average)
         try:
             yield
         finally:
-            self._swap()
+            self._fill(own)
 
     @torch.no_grad()
-    def _swap(self) -> None:
+    def _fill(self, weights: dict[str, Tensor]) -> None:
         for name, p in self.network.named_parameters():
-            own = p.detach().clone()
-            p.copy_(self.average[name])
-            self.average[name] = own
+            p.copy_(weights[name])
 
     def load(self, state: dict[str, Tensor]) -> None:
-        self.average = {name: state[name].clone() for name in self.average}
+        self.average = {name: state[name].float().clone() for name in self.average}

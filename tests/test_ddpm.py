@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from callbacks.guided_samples import GuidedSamples
 from datamodules.prompts import PromptDataModule
+from diffusion import guidance
 from diffusion.architecture import Architecture
 from diffusion.bound import variational_bound
 from diffusion.clip import OPENAI_PREPROCESSING, Clip, new_model, save_folder
@@ -23,10 +24,11 @@ from lightning_modules.ddpm import DDPMModule
 from lightning_modules.optim import OptimConfig
 
 
-def fitted(root: Path, steps: int = 12, callbacks: tuple = (), **kwargs) -> DDPMModule:
+def fitted(root: Path, steps: int = 12, callbacks: tuple = (), precision: str = "32-true", **kwargs) -> DDPMModule:
     seed_everything(1)
     module = tiny_module(**kwargs)
-    trainer = tiny_trainer(root, max_steps=steps, callbacks=list(callbacks), enable_checkpointing=None)
+    options = {"callbacks": list(callbacks), "enable_checkpointing": None, "precision": precision}
+    trainer = tiny_trainer(root, max_steps=steps, **options)
     trainer.fit(module, tiny_faces())
     return module
 
@@ -241,8 +243,8 @@ def test_samples_during_fit_are_those_of_predict(tmp_path: Path, tiny_clip: Path
     drawn = {}
 
     def keep(text: list, seed: list, weight: list) -> torch.Tensor:
-        drawn["image"] = DDPMModule.draw(module, text, seed, weight)
-        return drawn["image"]
+        drawn["image"], retries = DDPMModule.draw(module, text, seed, weight)
+        return drawn["image"], retries
 
     module.draw = keep
     trainer = tiny_trainer(
@@ -336,3 +338,100 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
     other = tiny_module(num_timesteps=50)
     with pytest.raises(InputError, match="the checkpoint has num_timesteps 100, not 50"):
         tiny_trainer(tmp_path, max_steps=20).fit(other, tiny_faces(), ckpt_path=checkpoint_of(tmp_path))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed", "bf16-true"])
+def test_fit_and_predict_in_every_precision(
+    tmp_path: Path, tiny_weights: Path, tiny_clip: Path, precision: str
+) -> None:
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=12)
+    sampler = GuidedSamples(text=["a man"], n_samples=1, every_n_steps=6)
+    module = fitted(tmp_path, clip=str(tiny_clip), precision=precision, callbacks=(saver, sampler))
+    assert all(average.dtype == torch.float32 for average in module.ema.average.values())
+    assert module.unet.conv_in.weight.dtype == (torch.bfloat16 if precision == "bf16-true" else torch.float32)
+    data = PromptDataModule(text=["a man"], guidance_weight=[20.0], n_samples=2, unguided=False)
+    pictures = {}
+    for p in {precision, "32-true"}:
+        again = tiny_module(
+            clip=str(tiny_clip), weights=checkpoint_of(tmp_path), sampling=SamplingConfig(skip_steps=20)
+        )
+        out = tiny_trainer(tmp_path, precision=p).predict(again, datamodule=data)
+        pictures[p] = torch.cat([batch["image"] for batch in out])
+        assert pictures[p].dtype == torch.float32
+        assert out[0]["float32_retries"] == [0, 0]
+    assert (pictures[precision] - pictures["32-true"]).abs().mean() < 0.1
+
+
+def test_predict_counts_what_it_computed_again(
+    tmp_path: Path, tiny_weights: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A U-Net whose gradient is lost in half precision, for the second of two pictures, gives float32's."""
+    derivative = guidance._derivative
+
+    def lost(scores: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+        g = derivative(scores, at)
+        if module.unet.conv_in.weight.dtype != torch.float32:
+            g[1] = torch.nan
+        return g
+
+    monkeypatch.setattr(guidance, "_derivative", lost)
+    data = PromptDataModule(text=["a man"], guidance_weight=[20.0], n_samples=2, unguided=False)
+    module = tiny_module(clip=str(tiny_clip), weights=str(tiny_weights))
+    (batch,) = tiny_trainer(tmp_path, precision="bf16-true").predict(module, datamodule=data)
+    assert batch["float32_retries"] == [0, 5]
+    module = tiny_module(clip=str(tiny_clip), weights=str(tiny_weights))
+    (exact,) = tiny_trainer(tmp_path).predict(module, datamodule=data)
+    difference = (batch["image"] - exact["image"]).abs().mean(dim=(1, 2, 3))
+    assert difference[1] < difference[0] < 0.2
+
+
+def test_where_memory_runs_out_half_as_many_are_drawn(
+    tmp_path: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = PromptDataModule(n_samples=13, micro_batch="auto")
+    module = tiny_module(weights=str(tiny_weights))
+    whole = predictions(module, data, tmp_path)
+    sizes = []
+
+    def scarce(self: UNet, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(x))
+        if len(x) > room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return forward(self, x, t)
+
+    forward, room = UNet.forward, 4
+    monkeypatch.setattr(UNet, "forward", scarce)
+    module = tiny_module(weights=str(tiny_weights))
+    torch.testing.assert_close(predictions(module, data, tmp_path), whole, atol=1e-5, rtol=0)
+    assert list(dict.fromkeys(sizes)) == [16, 8, 4]
+    room = 3
+    with pytest.raises(InputError, match="micro_batch: not even 4 pictures fit into memory; "):
+        predictions(tiny_module(weights=str(tiny_weights)), data, tmp_path)
+
+
+def test_recomputed_activations_change_no_bit(tmp_path: Path, tiny_weights: Path, tiny_clip: Path) -> None:
+    fits, pictures = [], []
+    for again in (False, True):
+        fits.append(fitted(tmp_path, checkpoint_activations=again))
+        module = tiny_module(weights=str(tiny_weights), clip=str(tiny_clip), checkpoint_activations=again)
+        data = PromptDataModule(text=["a man"], guidance_weight=[100.0], n_samples=2)
+        pictures.append(predictions(module, data, tmp_path))
+        assert module.unet.checkpointing == module.critics.clips[0].checkpointing == again
+    assert torch.equal(*pictures)
+    for a, b in zip(fits[0].unet.parameters(), fits[1].unet.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_recomputed_activations_need_less_memory() -> None:
+    network = randomise(UNet(TINY_UNET))
+    kept = {}
+    for again in (False, True):
+        network.checkpointing, kept[again] = again, 0
+
+        def keep(x: torch.Tensor, again: bool = again) -> torch.Tensor:
+            kept[again] += x.numel()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            network(torch.randn(2, 3, 16, 16, requires_grad=True), torch.tensor([3, 4]))
+    assert kept[True] < 0.5 * kept[False]

@@ -180,16 +180,17 @@ def test_no_guidance_is_the_denoiser_itself_and_keeps_no_graph() -> None:
 
 
 @pytest.mark.parametrize(
-    ("loss", "reason"),
+    "loss",
     [
-        (lambda image, step: image.flatten(1).sum(1) * torch.tensor([1.0, 0.0]), "no gradient"),
-        (lambda image, step: image.flatten(1).sum(1) * torch.tensor([1.0, float("nan")]), "not finite"),
+        lambda image, step: image.flatten(1).sum(1) * torch.tensor([1.0, 0.0]),
+        lambda image, step: image.flatten(1).sum(1) * torch.tensor([1.0, float("nan")]),
     ],
+    ids=["zero", "nan"],
 )
-def test_a_guidance_that_does_nothing_is_an_error_that_says_where(loss, reason: str) -> None:
+def test_a_guidance_that_does_nothing_is_an_error_that_says_where(loss) -> None:
     x, step = torch.randn(2, 1, 4, 4), SCHEDULE.step(400, 380)
     denoise = GuidedDenoiser(ideal, [GradientGuidance(loss, torch.ones(2), grad_denoised, shift_mean)])
-    with pytest.raises(GuidanceError, match=f"{reason} at t=400") as raised:
+    with pytest.raises(GuidanceError, match="no gradient, or one that is not finite, at t=400") as raised:
         denoise(x, step)
     assert raised.value.position == 1
     # an image that asked for no guidance may have any gradient
@@ -225,3 +226,36 @@ def test_guidances_together_each_see_what_came() -> None:
         torch.testing.assert_close(getattr(both, field), getattr(plain, field) + sum(moves))
     sequential = two(one(plain, x, step), x, step)
     assert not torch.allclose(sequential.x0, both.x0)
+
+
+def test_what_half_precision_breaks_is_computed_again_and_nothing_else() -> None:
+    """A gradient that overflows in float16 for the second of three images."""
+    x, step = torch.randn(3, 1, 4, 4), SCHEDULE.step(400, 380)
+    size = torch.tensor([1.0, 1e4, 1.0])
+
+    def loss(image: torch.Tensor, step: Step) -> torch.Tensor:
+        half = torch.is_autocast_enabled("cpu")
+        at = image.half() if half else image
+        return (at.flatten(1).sum(1) * size.to(at.dtype)).float() * 10
+
+    def guided(in_float32) -> GuidedDenoiser:
+        return GuidedDenoiser(ideal, [GradientGuidance(loss, torch.ones(3), grad_clean, shift_mean)], in_float32)
+
+    exact = guided(None)(x, step)
+    denoise = guided(lambda: torch.autocast("cpu", enabled=False))
+    with torch.autocast("cpu", torch.float16):
+        for _ in range(2):
+            pred = denoise(x, step)
+        with pytest.raises(GuidanceError, match="not finite") as raised:
+            guided(None)(x, step)
+    assert raised.value.position == 1
+    assert denoise.retries.tolist() == [0, 2, 0]
+    torch.testing.assert_close(pred.x0, exact.x0, rtol=1e-3, atol=1e-3)
+    assert torch.equal(pred.x0[1], exact.x0[1])
+
+
+def test_a_small_gradient_survives_float16() -> None:
+    pred, step = Prediction(torch.randn(1, 1, 4, 4), torch.randn(1, 1, 4, 4), torch.tensor(0.1)), SCHEDULE.step(7, 6)
+    with torch.autocast("cpu", torch.float16):
+        g = grad_clean(lambda image, step: (image.half() * 1e-8).float().flatten(1).sum(1), pred, pred.x0, step)
+    assert g.min() > 0

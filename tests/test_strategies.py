@@ -16,6 +16,7 @@ from conftest import ROOT, metadata
 from PIL import Image
 
 from callbacks.checkpoints import last_checkpoint
+from callbacks.gallery import Gallery
 
 REQUESTS = ["--text", "an old man", "a girl", "--guidance_weight", "20", "--n_samples", "3", "--unguided", "false"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -91,6 +92,38 @@ def test_predict_gives_the_same_pictures_however_it_is_started(config: str, tmp_
     for name in ("three", "torchrun", "by hand"):
         same_pictures(tmp_path / "one", tmp_path / name)
         assert not list((tmp_path / name).glob(".*")), name
+
+
+@pytest.mark.parametrize("output", ["files", "webdataset"])
+def test_a_killed_predict_makes_what_is_missing_and_nothing_else(config: str, tmp_path: Path, output: str) -> None:
+    flags = ["predict", "-c", config, "--text", "a man", "--guidance_weight", "20", "--n_samples", "12"]
+    flags += ["--skip_steps", "30", "--micro_batch", "1", "--output", output, "--shard_size", "3"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    finish(start(*flags, "--save_dir", str(whole)))
+    pictures = "[0-9]*.png" if output == "files" else ".staged/*.png"
+    for count, processes in ((3, 2), (7, 1)):  # killed on two processes, then on one, then finished on two
+        process = start(*flags, *ddp(processes), "--save_dir", str(stopped))
+        gallery = Gallery(stopped, output)
+        until(lambda count=count, gallery=gallery: stopped.is_dir() and len(gallery.indices()) >= count, process)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    before = {path: path.stat().st_mtime_ns for path in stopped.glob(pictures)} if output == "files" else {}
+    assert len(gallery.indices()) < 24
+    finish(start(*flags, *ddp(2), "--save_dir", str(stopped)))
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    rows = [list(Gallery(folder, output).rows()) for folder in (whole, stopped)]
+    assert [row["index"] for row in rows[1]] == list(range(24))
+    for one, other in zip(*rows, strict=True):
+        a, b = (np.asarray(Gallery(f, output).open(row)).astype(int) for f, row in ((whole, one), (stopped, other)))
+        assert np.abs(a - b).max() <= 2
+    assert not list(stopped.glob(".*"))
+
+
+def test_fewer_requests_than_processes(config: str, tmp_path: Path) -> None:
+    flags = ["predict", "-c", config, "--n_samples", "2"]
+    finish(start(*flags, "--save_dir", str(tmp_path / "one")))
+    finish(start(*flags, *ddp(3), "--save_dir", str(tmp_path / "three")))
+    same_pictures(tmp_path / "one", tmp_path / "three")
 
 
 FIT = """
