@@ -132,6 +132,10 @@ class UNet(nn.Module):
         nn.init.zeros_(self.conv_out.weight)
         nn.init.zeros_(self.conv_out.bias)
 
+    def blocks(self) -> list[nn.Module]:
+        """What to shard a large network by."""
+        return [module for module in self.modules() if isinstance(module, ResBlock | Attention)]
+
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x: (B, C, H, W), H and W multiples of the stride; t: (B,) timesteps. Returns (B, out_channels, H, W)."""
         x = x.to(self.conv_in.weight.dtype)

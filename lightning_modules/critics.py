@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 from diffusion.classifier import Classifier, load_classifier
 from diffusion.clip import Clip
@@ -13,6 +14,9 @@ from diffusion.losses import ClassifierAnswer, ClipAnswer, ClipSimilarity, Criti
 from diffusion.methods import Kind
 from diffusion.weights import state_hash
 from errors import InputError
+from lightning_modules.sharding import shard
+
+LARGE = 200_000_000  # parameters of an image tower that is worth sharding: ViT-L and larger
 
 
 class Critics:
@@ -79,6 +83,14 @@ class Critics:
         _ = kind == "classifier" and self.classifier
         _ = (kind == "clip" or self.names) and self.clips
 
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Spread the image towers of large CLIPs over the processes; texts are encoded by each process alone."""
+        for clip in self.loaded():
+            visual = clip.model.visual
+            if sum(p.numel() for p in visual.parameters()) >= LARGE:
+                _ = clip.hash  # of the whole
+                shard(visual, getattr(getattr(visual, "transformer", None), "resblocks", []), mesh)
+
     def loaded(self) -> list[Clip]:
         """All CLIPs that are loaded."""
         found = vars(self)
@@ -122,5 +134,5 @@ class Critics:
 
 def spared(text: Sequence[str]) -> list[str]:
     """Where a text is empty, another stands in: no one looks at what it scores."""
-    spare = next(sentence for sentence in text if sentence)
+    spare = next(filter(None, text), "a picture")
     return [sentence or spare for sentence in text]

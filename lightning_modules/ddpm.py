@@ -25,6 +25,7 @@ from lightning_modules.critics import Critics
 from lightning_modules.ema import EMA
 from lightning_modules.optim import OptimConfig, adamw
 from lightning_modules.reproducible import Reproducible
+from lightning_modules.sharding import fill, shard
 
 
 class DDPMModule(Reproducible):
@@ -120,6 +121,8 @@ class DDPMModule(Reproducible):
         if weights is not None:
             weights.into(self.unet)
             self.trained = True
+        if self.sharded:
+            shard(self.unet, self.unet.blocks(), self.device_mesh["data_parallel"])
         self.ema = EMA(self.unet, self.ema_decay)
 
     # training
@@ -165,8 +168,10 @@ class DDPMModule(Reproducible):
             raise InputError(f"model.save_path: {self.save_path} exists; another name would do")
 
     def on_fit_end(self) -> None:
-        if self.save_path is not None and self.trainer.is_global_zero and not self.trainer.fast_dev_run:
-            save_weights(self.save_path, Weights(self.architecture, self.ema.average), half=True)
+        if self.save_path is not None and not self.trainer.fast_dev_run:
+            average = self.ema.whole()
+            if self.trainer.is_global_zero:
+                save_weights(self.save_path, Weights(self.architecture, average), half=True)
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         # Here rather than at the end of the batch, where a checkpoint may already have been written.
@@ -185,7 +190,7 @@ class DDPMModule(Reproducible):
         """
         denoise = NetworkDenoiser(self.unet, self.architecture.parametrisation, self.var_type)
         guidances = [Clamp()] if self.clip_denoised else []
-        if any(guidance_weight):
+        if self._anywhere(any(guidance_weight)):
             weight = torch.tensor(guidance_weight, device=self.device)
             critic = self.critics.critic(self.method.critic, text, noise, self.device)
             low, high = self.interval
@@ -194,6 +199,7 @@ class DDPMModule(Reproducible):
             for guidance in (RefuseFlat(weight), *self.method.guide(critic, weight)):
                 guidances.append(Within(guidance, low, high))
         halved = torch.is_autocast_enabled(self.device.type) or self.unet.conv_in.weight.dtype != torch.float32
+        halved = halved and not self.sharded  # all parts would have to be computed again together
         return GuidedDenoiser(denoise, guidances, self._in_float32 if halved else None)
 
     @torch.enable_grad()
@@ -237,7 +243,7 @@ class DDPMModule(Reproducible):
             try:
                 image, again = self.draw(text[part], seed[part], guidance_weight[part], progress)
             except RuntimeError as error:
-                if not is_oom_error(error):
+                if self.sharded or not is_oom_error(error):
                     raise
                 self._part = self._halved(len(seed[part]), error)
                 garbage_collection_cuda()
@@ -333,7 +339,7 @@ class DDPMModule(Reproducible):
 
     @torch.no_grad()
     def clip_similarity(self, image: Tensor, text: Sequence[str]) -> list[float | None]:
-        if not any(text) or not self.critics.names:
+        if not self._anywhere(any(text)) or not self.critics.names:
             return [None] * len(text)
         cosines = self.critics.similarity(text, self.device)(image).tolist()
         return [cosine if sentence else None for cosine, sentence in zip(cosines, text, strict=True)]
@@ -352,7 +358,7 @@ class DDPMModule(Reproducible):
                 "var_type": self.var_type,
                 "clip_denoised": self.clip_denoised,
                 "weights": None if self.trainer.training else str(self.weights_path or self.trainer.ckpt_path),
-                "weights_hash": state_hash(self.ema.average),
+                "weights_hash": state_hash(self.ema.whole()),
                 **self.critics.provenance(self.method.critic),
                 "precision": str(self.trainer.precision),
                 "device": self.device.type,
@@ -365,6 +371,8 @@ class DDPMModule(Reproducible):
             requests = getattr(self.trainer.datamodule, "requests", ())
             guided = any(request.guidance_weight for request in requests)
             self.critics.load(self.method.critic if guided else None)
+            if self.sharded:
+                self.critics.shard(self.device_mesh["data_parallel"])
 
     def on_predict_start(self) -> None:
         self._check_weights()
@@ -377,6 +385,14 @@ class DDPMModule(Reproducible):
             raise InputError("weights: none given; --weights with a file or folder, or --ckpt_path, would do")
 
     @property
+    def sharded(self) -> bool:
+        return self.device_mesh is not None
+
+    def _anywhere(self, here: bool) -> bool:
+        """Whether it is so in any of the processes that share a network, for they must take the same way through it."""
+        return self.trainer.strategy.reduce_boolean_decision(here, all=False) if self.sharded else here
+
+    @property
     def _shows_progress(self) -> bool:
         return self.global_rank == 0 and self.trainer.progress_bar_callback is not None
 
@@ -386,8 +402,7 @@ class DDPMModule(Reproducible):
         super().on_save_checkpoint(checkpoint)
         checkpoint["architecture"] = self.architecture.to_dict()
         checkpoint["current_model_state"] = dict(checkpoint["state_dict"])
-        for name, average in self.ema.average.items():
-            checkpoint["state_dict"][f"unet.{name}"] = average.detach().clone()
+        checkpoint["state_dict"] |= {f"unet.{name}": average for name, average in self.ema.whole().items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
@@ -397,11 +412,21 @@ class DDPMModule(Reproducible):
         if difference:
             raise InputError(f"ckpt_path: the checkpoint has {difference} as the config; its own config would do")
         training = self._trainer is not None and self.trainer.training
-        if not (self.use_ema or training):
-            checkpoint["state_dict"] = checkpoint["current_model_state"]
-        averaged = {name.removeprefix("unet."): value for name, value in checkpoint["state_dict"].items()}
-        Weights(given, averaged).into(self.unet)
-        self.ema.load(averaged)
+        raw = _of_unet(checkpoint["current_model_state"])
+        if "state_dict" in checkpoint:
+            averaged = _of_unet(checkpoint["state_dict"]) if training or self.use_ema else raw
+            Weights(given, averaged).into(self.unet)
+            self.ema.load(averaged)
+            if training or not self.use_ema:
+                checkpoint["state_dict"] = checkpoint["current_model_state"]
+        else:  # a strategy that shards has put it into the network
+            if not (training or self.use_ema):
+                fill(self.unet, raw)
+            self.ema.reset()
+            if training:
+                fill(self.unet, raw)
         self.trained = True
-        if training:
-            checkpoint["state_dict"] = checkpoint["current_model_state"]
+
+
+def _of_unet(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix("unet."): value for name, value in state.items()}

@@ -6,11 +6,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.sharding import fill, own_parameters, whole_tensor
+
 
 class EMA:
     """Averages the parameters of ``network``: ``average = decay·average + (1 − decay)·weight`` after each step.
 
-    The averages are float32 whatever the parameters are: half precision has no room for what a step adds.
+    The averages are float32 whatever the parameters are: half precision has no room for what a step adds. Those of a
+    network in parts are in parts.
 
     Args:
         network: whose parameters are averaged, in their own order and on their own device.
@@ -19,29 +22,32 @@ class EMA:
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         self.network, self.decay = network, decay
-        self.average = {name: p.detach().float().clone() for name, p in network.named_parameters()}
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin with what the network has."""
+        self.average = {name: p.detach().float().clone() for name, p in own_parameters(self.network).items()}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        self.average = {name: state[name].float().clone() for name in self.average}
 
     @torch.no_grad()
     def update(self, n: int) -> None:
         """Take the weights in after step ``n`` (1 is the first)."""
         decay = min(self.decay, (1 + n) / (10 + n))
-        for name, p in self.network.named_parameters():
+        for name, p in own_parameters(self.network).items():
             self.average[name] = self.average[name].to(p.device).lerp_(p.detach().float(), 1 - decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within, the network has the averaged weights."""
-        own = {name: p.detach().clone() for name, p in self.network.named_parameters()}
-        self._fill(self.average)
+        own = {name: p.detach().clone() for name, p in own_parameters(self.network).items()}
+        fill(self.network, self.average)
         try:
             yield
         finally:
-            self._fill(own)
+            fill(self.network, own)
 
-    @torch.no_grad()
-    def _fill(self, weights: dict[str, Tensor]) -> None:
-        for name, p in self.network.named_parameters():
-            p.copy_(weights[name])
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        self.average = {name: state[name].float().clone() for name in self.average}
+    def whole(self) -> dict[str, Tensor]:
+        """The averages with all their parts, in every process."""
+        return {name: whole_tensor(average).detach().clone() for name, average in self.average.items()}

@@ -214,3 +214,30 @@ def test_slurms_signal_saves_and_requeues(config: str, tmp_path: Path) -> None:
     assert list(stopped.rglob("requeue.ckpt"))
     assert "/checkpoints/" in finish(fit(config, stopped, *more, **slurm))
     same_state(tmp_path / "whole", stopped)
+
+
+SHARDED = ["-c", str(ROOT / "configs/fsdp.yaml"), "--trainer.devices", "2"]
+
+
+def test_a_sharded_network_learns_and_draws_what_a_whole_one_does(config: str, tmp_path: Path) -> None:
+    finish(fit(config, tmp_path / "ddp", *ddp(2)))
+    finish(fit(config, tmp_path / "sharded", *SHARDED))
+    one, other = state(tmp_path / "ddp"), state(tmp_path / "sharded")
+    assert [name for name in one if "raw" in name] == [name for name in other if "raw" in name]
+    for name in (name for name in one if "raw" in name or "average" in name):
+        torch.testing.assert_close(other[name], one[name], atol=1e-4, rtol=1e-3)
+    samples = [next((tmp_path / name).rglob("samples/00000014.png")) for name in ("ddp", "sharded")]
+    assert np.abs(pixels(samples[0]) - pixels(samples[1])).mean() < 1
+
+    # resumed in parts, to the bit; and the checkpoint serves a single device
+    process = fit(config, tmp_path / "stopped", *SHARDED)
+    until(lambda: list((tmp_path / "stopped").rglob("*step=12.ckpt")), process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    finish(fit(config, tmp_path / "stopped", *SHARDED, "--ckpt_path", "last"))
+    same_state(tmp_path / "sharded", tmp_path / "stopped")
+    checkpoint = ["--ckpt_path", str(last_checkpoint(tmp_path / "sharded"))]
+    flags = ["predict", "-c", config, *REQUESTS, *checkpoint, "--unguided", "true"]
+    finish(start(*flags, "--save_dir", str(tmp_path / "whole pictures")))
+    finish(start(*flags, *SHARDED, "--save_dir", str(tmp_path / "sharded pictures"), "--micro_batch", "2"))
+    same_pictures(tmp_path / "whole pictures", tmp_path / "sharded pictures")
