@@ -27,7 +27,7 @@ METHODS: dict[str, tuple[str, list[float], list[float]]] = {
     "formula as coded": ("clip_guidance_pixel", [50], [400]),
     "MPGD": ("mpgd", [50], [400]),
     "GLIDE": ("glide", [3, 10], [80]),
-    "evidence (default)": ("evidence", [10], [80]),
+    "evidence (default)": ("evidence", [20], [160]),
     "FreeDoM": ("freedom", [1], []),
     "TFG": ("tfg", [1], []),
 }

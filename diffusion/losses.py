@@ -164,6 +164,30 @@ class Cutouts:
         return torch.stack(scores).mean(dim=0)
 
 
+class Views:
+    """The mean of a loss over four views: as it is, mirrored, and each of these moved by a 32nd of its side both ways.
+
+    What raises it in all of them is what the picture shows, and not a texture that its critic mistakes for it.
+    """
+
+    def __init__(self, loss: Loss) -> None:
+        self.loss = loss
+
+    def __call__(self, image: Tensor, step: Step) -> Tensor:
+        by = max(1, image.shape[-1] // 32)
+        mirrored = image.flip(-1)
+        views = [image, mirrored, _moved(image, by), _moved(mirrored, -by)]
+        return torch.stack([self.loss(view, step) for view in views]).mean(dim=0)
+
+
+def _moved(image: Tensor, by: int) -> Tensor:
+    """Up and to the left by so many pixels; what comes in repeats the border."""
+    height, width = image.shape[-2:]
+    margin = abs(by)
+    padded = F.pad(image, [margin] * 4, "replicate")
+    return padded[..., margin + by : margin + by + height, margin + by : margin + by + width]
+
+
 class TotalVariation:
     """−Σ of the squares of differences between neighbours, as a mean over the picture."""
 

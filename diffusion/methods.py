@@ -30,7 +30,7 @@ from diffusion.guidance import (
     shift_sample,
     shift_x0,
 )
-from diffusion.losses import Critic, Cutouts, Distance, MonteCarlo, Range, SphericalDistance, TotalVariation
+from diffusion.losses import Critic, Cutouts, Distance, MonteCarlo, Range, SphericalDistance, TotalVariation, Views
 from diffusion.schedule import SkipType, Step
 from errors import InputError
 
@@ -97,14 +97,15 @@ def glide(critic: Critic, weight: Tensor) -> list[Guidance]:
     return [GradientGuidance(critic.evidence, weight, grad_noisy, shift_mean)]
 
 
-@method("evidence", 10, critic="noisy clip")
+@method("evidence", 20, critic="noisy clip")
 def evidence(critic: Critic, weight: Tensor) -> list[Guidance]:
-    """μ + s·σ_t²·∇_{x_t} log p(y | x_t) with a noise-aware CLIP, never further than a twentieth of the noise.
+    """μ + s·σ_t²·∇_{x_t} log p(y | x_t) with a noise-aware CLIP, over four views, up to a twentieth of the noise.
 
-    Ours: GLIDE's, with a limit on the ratio of guidance to noise, so that a large weight decides early and for good
-    and does not leave the pictures that the model knows. No pass goes backwards through the U-Net.
+    Ours: GLIDE's, with a gradient that mirrored and moved pictures agree on, and a limit on the ratio of guidance to
+    noise, so that a large weight decides early and for good and does not leave the pictures that the model knows. No
+    pass goes backwards through the U-Net.
     """
-    return [GradientGuidance(critic.evidence, weight, grad_noisy, shift_mean, limit=0.05)]
+    return [GradientGuidance(Views(critic.evidence), weight, grad_noisy, shift_mean, limit=0.05)]
 
 
 @method("evidence", 10, critic="classifier")

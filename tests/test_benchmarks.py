@@ -27,7 +27,7 @@ def test_a_method_is_judged_into_a_table_and_a_figure(
     compare(tmp_path, only=["evidence_strong"], n_strong=1, val_count=300)
     table = (tmp_path / "table.md").read_text()
     assert table in capsys.readouterr().out
-    assert "| evidence (default) | 80 | 12 | " in table
+    assert "| evidence (default) | 160 | 12 | " in table
     assert (tmp_path / "figure.png").stat().st_size > 1000
     before = (tmp_path / "evidence_strong/report.json").stat().st_mtime_ns
     compare(tmp_path, only=["evidence_strong"])  # what is there is not judged again
