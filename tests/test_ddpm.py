@@ -233,6 +233,16 @@ def test_samples_during_fit_leave_the_training_bit_identical(tmp_path: Path, tin
         assert torch.equal(average, sampled.ema.average[name])
 
 
+def test_samples_are_drawn_at_the_ends_of_epochs(tmp_path: Path) -> None:
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    sampler = GuidedSamples(n_samples=3, every_n_steps=0, every_n_epochs=2, micro_batch=2)
+    logger = TensorBoardLogger(tmp_path, name="logs")
+    trainer = tiny_trainer(tmp_path, max_epochs=4, logger=logger, callbacks=[sampler], log_every_n_steps=1)
+    trainer.fit(tiny_module(), tiny_faces())  # epochs of 4 steps
+    assert sorted(path.name for path in tmp_path.rglob("samples/*.png")) == ["00000008.png", "00000016.png"]
+
+
 def test_samples_during_fit_are_those_of_predict(tmp_path: Path, tiny_clip: Path) -> None:
     from lightning.pytorch.loggers import TensorBoardLogger
 

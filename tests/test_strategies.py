@@ -32,11 +32,13 @@ def free_port() -> str:
         return str(probe.getsockname()[1])
 
 
-def start(*command: str, launcher: list[str] | None = None, **environment: str) -> subprocess.Popen:
+def start(
+    *command: str, launcher: list[str] | None = None, program: Path = ROOT / "cli.py", **environment: str
+) -> subprocess.Popen:
     alone = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "PYTEST"))}
     alone |= {"MASTER_PORT": free_port(), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", **environment}
     return subprocess.Popen(
-        [*(launcher or [sys.executable]), str(ROOT / "cli.py"), *command],
+        [*(launcher or [sys.executable]), str(program), *command],
         cwd=ROOT,
         env=alone,
         stdout=subprocess.PIPE,
@@ -165,6 +167,18 @@ def same_state(a: Path, b: Path) -> None:
     assert not [name for name, value in one.items() if not torch.equal(value, other[name])]
 
 
+def test_samples_during_fit_are_drawn_by_all_and_the_same(config: str, tmp_path: Path, tiny_weights: Path) -> None:
+    still = ["--weights", str(tiny_weights), "--model.optim.learning_rate", "0", "--trainer.max_steps", "7"]
+    sheets = []
+    for processes in (1, 3):
+        runs = tmp_path / str(processes)
+        finish(fit(config, runs, *still, *ddp(processes)))
+        (sheet,) = runs.rglob("samples/*.png")
+        assert sheet.name == "00000007.png"
+        sheets.append(pixels(sheet))
+    assert np.abs(sheets[0] - sheets[1]).max() <= 2
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_fit_ends_as_one_that_was_not(config: str, tmp_path: Path, processes: int) -> None:
     finish(fit(config, tmp_path / "whole", *ddp(processes)))
@@ -241,3 +255,17 @@ def test_a_sharded_network_learns_and_draws_what_a_whole_one_does(config: str, t
     finish(start(*flags, "--save_dir", str(tmp_path / "whole pictures")))
     finish(start(*flags, *SHARDED, "--save_dir", str(tmp_path / "sharded pictures"), "--micro_batch", "2"))
     same_pictures(tmp_path / "whole pictures", tmp_path / "sharded pictures")
+
+
+def test_a_large_clip_is_sharded_too(config: str, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from cli import main\nfrom lightning_modules import critics\nshard, critics.LARGE = critics.shard, 0\n"
+        "critics.shard = lambda *arguments: (print('a CLIP in parts'), shard(*arguments))\nmain()\n"
+    )
+    flags = ["predict", "-c", config, *REQUESTS, "--method", "mpgd", "--micro_batch", "2"]
+    finish(start(*flags, "--save_dir", str(tmp_path / "one")))
+    said = finish(start(*flags, *SHARDED, "--save_dir", str(tmp_path / "sharded"), program=program))
+    assert said.count("a CLIP in parts") == 2
+    same_pictures(tmp_path / "one", tmp_path / "sharded")
