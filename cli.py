@@ -3,6 +3,7 @@
 import logging
 import signal
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
@@ -97,6 +98,9 @@ class ClipwardCLI(LightningCLI):
         if self.subcommand in ("predict", "test"):
             config.trainer.logger = False
             logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+            # Requests carry their own indices, and know how they are dealt.
+            for beside_the_point in ("Couldn't infer the batch indices", "Your `IterableDataset` has `__len__`"):
+                warnings.filterwarnings("ignore", beside_the_point)
 
     def _find_checkpoint(self, config: Any) -> None:
         """``last`` is the newest below the logger's folder; for others Lightning would go on with what there is."""

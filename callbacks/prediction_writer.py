@@ -131,11 +131,12 @@ class PredictionWriter(BasePredictionWriter):
         """Merge what the processes wrote and draw the grid; nothing changes where that is done already."""
         self.gallery.pack_left(self.shard_size)
         self.gallery.merge()
-        count = self.draw_grid()
-        print(f"{count} pictures in {self.save_dir}, the first of them in {self.save_dir / 'grid.png'}")
+        count, shown = self.draw_grid()
+        which = "all" if shown == count else "the first"
+        print(f"{count} pictures in {self.save_dir}, {which} of them in {self.save_dir / 'grid.png'}")
 
-    def draw_grid(self) -> int:
-        """Draw the first seeds, texts and weights; returns how many pictures there are altogether."""
+    def draw_grid(self) -> tuple[int, int]:
+        """Draw the first seeds, texts and weights; returns how many pictures there are and how many it shows."""
         seeds: dict[int, None] = {}
         columns: dict[tuple[str, float], None] = {}
         pictures, common, count = {}, {}, 0
@@ -149,7 +150,7 @@ class PredictionWriter(BasePredictionWriter):
                 common = common or {k: v for k, v in row.items() if k not in OF_ONE_PICTURE}
         if pictures:
             save_png(self.save_dir / "grid.png", figure(pictures), line(common))
-        return count
+        return count, len(pictures)
 
 
 def to_picture(image: Tensor) -> Image.Image:

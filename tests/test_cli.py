@@ -140,6 +140,8 @@ def test_fit_logs_saves_and_resumes_and_predict_takes_what_it_saved(config: str,
     main(["validate", "-c", config, "--ckpt_path", str(last)])
     predict(config, tmp_path / "a", "--ckpt_path", str(last), "--n_samples", "1")
     predict(config, tmp_path / "b", "--weights", str(last), "--n_samples", "1")
+    predict(config, tmp_path / "c", "--ckpt_path", "last", "--n_samples", "1")
+    assert metadata(tmp_path / "c")[0]["weights_hash"] != metadata(tmp_path / "b")[0]["weights_hash"]
     assert (tmp_path / "a/000000.png").exists()
     hashes = {metadata(tmp_path / name)[0]["weights_hash"] for name in "ab"}
     assert len(hashes) == 1
@@ -149,7 +151,7 @@ def test_fit_logs_saves_and_resumes_and_predict_takes_what_it_saved(config: str,
     ("flags", "message"),
     [
         (("--weights", "nowhere.safetensors"), "weights: there is no file nowhere.safetensors"),
-        (("--ckpt_path", "last"), "ckpt_path: there is no file last"),
+        (("--ckpt_path", "last"), "ckpt_path: there is no checkpoint below"),
         (("--clip", "nowhere"), "clip: 'nowhere' is neither a folder, a file, nor a pretrained model"),
         (("--text", "man " * 40), "26 tokens too long"),
         (("--n_samples", "0"), "n_samples: 0 given"),
