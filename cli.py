@@ -90,6 +90,7 @@ class ClipwardCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         config.trainer.inference_mode = False
+        self._check_strategy(config.trainer)
         self._find_checkpoint(config)
         for flag in MODEL_FLAGS:
             self._shorten(flag, flag)
@@ -102,14 +103,21 @@ class ClipwardCLI(LightningCLI):
             for beside_the_point in ("Couldn't infer the batch indices", "Your `IterableDataset` has `__len__`"):
                 warnings.filterwarnings("ignore", beside_the_point)
 
+    def _check_strategy(self, trainer: Any) -> None:
+        name = trainer.strategy if isinstance(trainer.strategy, str) else trainer.strategy.class_path
+        if "fsdp" in name.lower():
+            raise InputError(f"trainer.strategy: {name} given; -c configs/fsdp.yaml, which shards by FSDP2, would do")
+        if name.endswith("Sharded") and str(trainer.precision) == "16-mixed":
+            raise InputError("trainer.precision: 16-mixed given, which Lightning doesn't shard; bf16-mixed would do")
+
     def _find_checkpoint(self, config: Any) -> None:
         """``last`` is the newest below the logger's folder; for others Lightning would go on with what there is."""
         path = config.get("ckpt_path")
         if path is None or (path in ("best", "hpc") and self.subcommand == "fit"):
             return
+        logs = config.trainer.get("logger.init_args") or {}
+        root = Path(logs.get("save_dir") or config.trainer.default_root_dir or ".") / (logs.get("name") or "")
         if path == "last":
-            logs = config.trainer.get("logger.init_args") or {}
-            root = Path(logs.get("save_dir") or config.trainer.default_root_dir or ".") / (logs.get("name") or "")
             found = last_checkpoint(root)
             if found is None and self.subcommand != "fit":
                 raise InputError(f"ckpt_path: there is no checkpoint below {root}")
@@ -118,7 +126,7 @@ class ClipwardCLI(LightningCLI):
         elif not Path(path).exists():
             raise InputError(f"ckpt_path: there is no file {path}")
         else:
-            check(Path(path))
+            check(Path(path), root)
 
     def _shorten(self, flag: str, argument: str) -> None:
         config = self.config[self.subcommand]

@@ -34,7 +34,7 @@ def last_checkpoint(root: Path) -> Path | None:
     return found[0] if found else None
 
 
-def check(path: Path, root: Path | None = None) -> None:
+def check(path: Path, root: Path) -> None:
     """Raise :class:`InputError` if the checkpoint is damaged, with the newest sound one below ``root`` to take instead.
 
     A checkpoint in parts, which is a folder, is left to who loads it.
@@ -42,7 +42,7 @@ def check(path: Path, root: Path | None = None) -> None:
     harm = _harm(path)
     if harm is None:
         return
-    older = [other for other in _by_age(root or path.parent) if other != path and other.stat().st_mtime <= _age(path)]
+    older = [other for other in _by_age(root) if other != path and _age(other) <= _age(path)]
     sound = next((other for other in older if _harm(other) is None), None)
     advice = f"--ckpt_path {sound}, saved before it, would do" if sound else "there is none before it"
     raise InputError(f"ckpt_path: {path} is damaged ({harm}); {advice}")

@@ -50,8 +50,8 @@ def test_a_damaged_one_is_named_and_the_one_before_it_offered(tmp_path: Path, ha
     with pytest.raises(InputError, match=f"{newest} is damaged .*--ckpt_path {oldest}, saved before it, would do"):
         last_checkpoint(tmp_path)
     with pytest.raises(InputError, match=f"{older} is damaged"):
-        check(older)
-    check(oldest)
+        check(older, tmp_path)
+    check(oldest, tmp_path)
     oldest.write_bytes(b"")
     with pytest.raises(InputError, match="there is none before it"):
-        check(oldest)
+        check(oldest, tmp_path)

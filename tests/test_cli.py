@@ -142,6 +142,13 @@ def test_fit_logs_saves_and_resumes_and_predict_takes_what_it_saved(config: str,
     predict(config, tmp_path / "b", "--weights", str(last), "--n_samples", "1")
     predict(config, tmp_path / "c", "--ckpt_path", "last", "--n_samples", "1")
     assert metadata(tmp_path / "c")[0]["weights_hash"] != metadata(tmp_path / "b")[0]["weights_hash"]
+    newest = max((tmp_path / "runs").rglob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    for path in ("last", str(newest)):
+        with pytest.raises(
+            SystemExit, match=f"error: ckpt_path: {newest} is damaged .*--ckpt_path .*ckpt, saved before"
+        ):
+            main(["fit", "-c", config, "--ckpt_path", path])
     assert (tmp_path / "a/000000.png").exists()
     hashes = {metadata(tmp_path / name)[0]["weights_hash"] for name in "ab"}
     assert len(hashes) == 1
@@ -152,6 +159,12 @@ def test_fit_logs_saves_and_resumes_and_predict_takes_what_it_saved(config: str,
     [
         (("--weights", "nowhere.safetensors"), "weights: there is no file nowhere.safetensors"),
         (("--ckpt_path", "last"), "ckpt_path: there is no checkpoint below"),
+        (("--trainer.strategy", "fsdp"), "trainer.strategy: fsdp given; -c configs/fsdp.yaml"),
+        (
+            ("-c", str(ROOT / "configs/fsdp.yaml"), "--trainer.precision", "16-mixed"),
+            "trainer.precision: 16-mixed given",
+        ),
+        (("--shard_size", "0"), "shard_size: 0 given"),
         (("--clip", "nowhere"), "clip: 'nowhere' is neither a folder, a file, nor a pretrained model"),
         (("--text", "man " * 40), "26 tokens too long"),
         (("--n_samples", "0"), "n_samples: 0 given"),

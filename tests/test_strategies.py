@@ -88,10 +88,16 @@ def test_predict_gives_the_same_pictures_however_it_is_started(config: str, tmp_
     finish(predict("three", *ddp(3), "--micro_batch", "1"))
     torchrun = [*TORCHRUN, "--nproc_per_node", "2", "--master_port", free_port()]
     finish(predict("torchrun", *ddp(2), "--micro_batch", "2", launcher=torchrun))
-    port = free_port()
+    port, started = free_port(), []
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     finish(*(predict("by hand", *two_nodes, NODE_RANK=str(rank), **address) for rank in range(2)))
-    for name in ("three", "torchrun", "by hand"):
+    port = free_port()
+    for rank in (1, 0):
+        flags = ["--nnodes", "2", "--node_rank", str(rank), "--nproc_per_node", "1", "--master_addr", "127.0.0.1"]
+        nodes = [*TORCHRUN, *flags, "--master_port", port]
+        started.append(predict("torchrun nodes", *two_nodes, launcher=nodes))
+    finish(*started)
+    for name in ("three", "torchrun", "by hand", "torchrun nodes"):
         same_pictures(tmp_path / "one", tmp_path / name)
         assert not list((tmp_path / name).glob(".*")), name
 
@@ -192,6 +198,18 @@ def test_a_killed_fit_ends_as_one_that_was_not(config: str, tmp_path: Path, proc
     said = finish(fit(config, stopped, *ddp(processes), "--ckpt_path", "last"))
     assert "ckpt_path: " in said
     same_state(tmp_path / "whole", stopped)
+
+
+@pytest.mark.slow
+def test_fit_ends_the_same_however_it_is_started(config: str, tmp_path: Path) -> None:
+    finish(fit(config, tmp_path / "lightning", *ddp(2)))
+    torchrun = [*TORCHRUN, "--nproc_per_node", "2", "--master_port", free_port()]
+    finish(fit(config, tmp_path / "torchrun", *ddp(2), launcher=torchrun))
+    two_nodes = ["--trainer.strategy", "ddp", "--trainer.devices", "1", "--trainer.num_nodes", "2"]
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    finish(*(fit(config, tmp_path / "by hand", *two_nodes, NODE_RANK=str(rank), **address) for rank in range(2)))
+    for name in ("torchrun", "by hand"):
+        same_state(tmp_path / "lightning", tmp_path / name)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
