@@ -236,21 +236,26 @@ class DDPMModule(Reproducible):
 
         Raises:
             InputError: where there is no room for the fewest.
+            GuidanceError: with the position in the whole lists.
         """
         images, retries, at = [], [], 0
         while at < len(seed):
             part = slice(at, at + (self._part or len(seed)))
+            size = len(seed[part])
             try:
                 image, again = self.draw(text[part], seed[part], guidance_weight[part], progress)
+            except GuidanceError as error:
+                position = min(error.position, size - 1)  # beyond it, the last request fills the batch
+                raise GuidanceError(at + position, error.reason) from error
             except RuntimeError as error:
                 if self.sharded or not is_oom_error(error):
                     raise
-                self._part = self._halved(len(seed[part]), error)
+                self._part = self._halved(size, error)
                 garbage_collection_cuda()
                 continue
             images.append(image)
             retries += again
-            at += len(image)
+            at += size
         return torch.cat(images), retries
 
     def _halved(self, size: int, error: RuntimeError) -> int:
@@ -324,8 +329,7 @@ class DDPMModule(Reproducible):
                 requests = batch["text"], batch["seed"], batch["guidance_weight"]
                 image, retries = self.draw_what_fits(*requests, self._shows_progress)
             except GuidanceError as error:
-                position = min(error.position, len(batch["seed"]) - 1)  # beyond it, the last request fills the batch
-                request = {name: values[position] for name, values in batch.items()}
+                request = {name: values[error.position] for name, values in batch.items()}
                 raise GuidanceError(error.position, f"{error.reason} in request {request}") from error
             return {
                 "image": image,

@@ -51,16 +51,6 @@ def test_pictures_are_antialiased_and_cropped_at_the_centre(tmp_path: Path) -> N
     assert image[:, :, 2:-2].abs().max() < 0.15  # finest stripes become grey, and the black sides are cut off
 
 
-def test_half_are_mirrored(tmp_path: Path) -> None:
-    picture = Pillow.new("RGB", (32, 32))
-    picture.paste((255, 255, 255), (0, 0, 16, 32))
-    picture.save(tmp_path / "a.png")
-    data = loaded(tmp_path)
-    torch.manual_seed(0)
-    left = sum(data.train_set[0]["image"][0, 0, 0].item() > 0 for _ in range(200))
-    assert 70 < left < 130
-
-
 def test_a_file_that_is_no_picture_is_named_and_left_out(folder: Path) -> None:
     (folder / "notes.jpg").write_text("not a picture")
     with pytest.warns(UserWarning, match=r"1 of 7 files are no pictures: .*notes\.jpg; left out"):

@@ -20,6 +20,7 @@ from callbacks.gallery import Gallery
 
 REQUESTS = ["--text", "an old man", "a girl", "--guidance_weight", "20", "--n_samples", "3", "--unguided", "false"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+TWO_NODES = ["--trainer.strategy", "ddp", "--trainer.devices", "1", "--trainer.num_nodes", "2"]
 
 
 def ddp(processes: int) -> list[str]:
@@ -83,39 +84,30 @@ def test_predict_gives_the_same_pictures_however_it_is_started(config: str, tmp_
         flags = ["predict", "-c", config, *REQUESTS, "--save_dir", str(tmp_path / name)]
         return start(*flags, *more, **options)
 
-    two_nodes = ["--trainer.strategy", "ddp", "--trainer.devices", "1", "--trainer.num_nodes", "2"]
     finish(predict("one", "--micro_batch", "7"))
     finish(predict("three", *ddp(3), "--micro_batch", "1"))
     torchrun = [*TORCHRUN, "--nproc_per_node", "2", "--master_port", free_port()]
     finish(predict("torchrun", *ddp(2), "--micro_batch", "2", launcher=torchrun))
-    port, started = free_port(), []
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    finish(*(predict("by hand", *two_nodes, NODE_RANK=str(rank), **address) for rank in range(2)))
-    port = free_port()
-    for rank in (1, 0):
-        flags = ["--nnodes", "2", "--node_rank", str(rank), "--nproc_per_node", "1", "--master_addr", "127.0.0.1"]
-        nodes = [*TORCHRUN, *flags, "--master_port", port]
-        started.append(predict("torchrun nodes", *two_nodes, launcher=nodes))
-    finish(*started)
-    for name in ("three", "torchrun", "by hand", "torchrun nodes"):
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    finish(*(predict("by hand", *TWO_NODES, NODE_RANK=str(rank), **address) for rank in range(2)))
+    for name in ("three", "torchrun", "by hand"):
         same_pictures(tmp_path / "one", tmp_path / name)
         assert not list((tmp_path / name).glob(".*")), name
 
 
-@pytest.mark.parametrize("output", ["files", "webdataset"])
+@pytest.mark.parametrize("output", ["files", pytest.param("webdataset", marks=pytest.mark.slow)])
 def test_a_killed_predict_makes_what_is_missing_and_nothing_else(config: str, tmp_path: Path, output: str) -> None:
     flags = ["predict", "-c", config, "--text", "a man", "--guidance_weight", "20", "--n_samples", "12"]
     flags += ["--skip_steps", "30", "--micro_batch", "1", "--output", output, "--shard_size", "3"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     finish(start(*flags, "--save_dir", str(whole)))
-    pictures = "[0-9]*.png" if output == "files" else ".staged/*.png"
     for count, processes in ((3, 2), (7, 1)):  # killed on two processes, then on one, then finished on two
         process = start(*flags, *ddp(processes), "--save_dir", str(stopped))
         gallery = Gallery(stopped, output)
         until(lambda count=count, gallery=gallery: stopped.is_dir() and len(gallery.indices()) >= count, process)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-    before = {path: path.stat().st_mtime_ns for path in stopped.glob(pictures)} if output == "files" else {}
+    before = {path: path.stat().st_mtime_ns for path in stopped.glob("[0-9]*.png")}
     assert len(gallery.indices()) < 24
     finish(start(*flags, *ddp(2), "--save_dir", str(stopped)))
     assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -185,7 +177,7 @@ def test_samples_during_fit_are_drawn_by_all_and_the_same(config: str, tmp_path:
     assert np.abs(sheets[0] - sheets[1]).max() <= 2
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_killed_fit_ends_as_one_that_was_not(config: str, tmp_path: Path, processes: int) -> None:
     finish(fit(config, tmp_path / "whole", *ddp(processes)))
     stopped = tmp_path / "stopped"
@@ -205,14 +197,16 @@ def test_fit_ends_the_same_however_it_is_started(config: str, tmp_path: Path) ->
     finish(fit(config, tmp_path / "lightning", *ddp(2)))
     torchrun = [*TORCHRUN, "--nproc_per_node", "2", "--master_port", free_port()]
     finish(fit(config, tmp_path / "torchrun", *ddp(2), launcher=torchrun))
-    two_nodes = ["--trainer.strategy", "ddp", "--trainer.devices", "1", "--trainer.num_nodes", "2"]
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    finish(*(fit(config, tmp_path / "by hand", *two_nodes, NODE_RANK=str(rank), **address) for rank in range(2)))
-    for name in ("torchrun", "by hand"):
+    finish(*(fit(config, tmp_path / "by hand", *TWO_NODES, NODE_RANK=str(rank), **address) for rank in range(2)))
+    nodes = [*TORCHRUN, "--nnodes", "2", "--master_addr", "127.0.0.1", "--master_port", free_port()]
+    launchers = [[*nodes, "--node_rank", str(rank)] for rank in range(2)]
+    finish(*(fit(config, tmp_path / "nodes", *TWO_NODES, launcher=launcher) for launcher in launchers))
+    for name in ("torchrun", "by hand", "nodes"):
         same_state(tmp_path / "lightning", tmp_path / name)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_sigterm_saves_first(config: str, tmp_path: Path, processes: int) -> None:
     finish(fit(config, tmp_path / "whole", *ddp(processes)))
     stopped = tmp_path / "stopped"
@@ -251,7 +245,7 @@ def test_slurms_signal_saves_and_requeues(config: str, tmp_path: Path) -> None:
 SHARDED = ["-c", str(ROOT / "configs/fsdp.yaml"), "--trainer.devices", "2"]
 
 
-def test_a_sharded_network_learns_and_draws_what_a_whole_one_does(config: str, tmp_path: Path) -> None:
+def test_a_sharded_network_learns_and_draws_as_a_whole_one(config: str, tmp_path: Path) -> None:
     finish(fit(config, tmp_path / "ddp", *ddp(2)))
     finish(fit(config, tmp_path / "sharded", *SHARDED))
     one, other = state(tmp_path / "ddp"), state(tmp_path / "sharded")
@@ -261,7 +255,10 @@ def test_a_sharded_network_learns_and_draws_what_a_whole_one_does(config: str, t
     samples = [next((tmp_path / name).rglob("samples/00000014.png")) for name in ("ddp", "sharded")]
     assert np.abs(pixels(samples[0]) - pixels(samples[1])).mean() < 1
 
-    # resumed in parts, to the bit; and the checkpoint serves a single device
+
+@pytest.mark.slow
+def test_a_sharded_fit_is_resumed_and_its_checkpoint_serves_one_device(config: str, tmp_path: Path) -> None:
+    finish(fit(config, tmp_path / "sharded", *SHARDED))
     process = fit(config, tmp_path / "stopped", *SHARDED)
     until(lambda: list((tmp_path / "stopped").rglob("*step=12.ckpt")), process)
     os.killpg(process.pid, signal.SIGKILL)
