@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.methods import METHODS, compare
+from benchmarks.scaling import FIT, PREDICT, measured
 from datamodules.faces import caption
 from diffusion import methods
 
@@ -32,3 +33,12 @@ def test_a_method_is_judged_into_a_table_and_a_figure(
     before = (tmp_path / "evidence_strong/report.json").stat().st_mtime_ns
     compare(tmp_path, only=["evidence_strong"])  # what is there is not judged again
     assert (tmp_path / "evidence_strong/report.json").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_processes_are_metered(strategy: str) -> None:
+    for command, size in (([*PREDICT, "--skip_steps", "2"], 2), (FIT, 4)):
+        found = measured(command, size, batches=1, strategy=strategy, processes=2)
+        assert found["rate"] > 0
+        assert found["peak"] > 2**28
