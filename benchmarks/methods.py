@@ -26,7 +26,7 @@ METHODS: dict[str, tuple[str, list[float], list[float]]] = {
     "formula as written": ("clip_guidance", [0, 50], [400]),
     "formula as coded": ("clip_guidance_pixel", [50], [400]),
     "MPGD": ("mpgd", [50], [400]),
-    "GLIDE": ("glide", [3, 10], [80]),
+    "GLIDE": ("glide", [3, 10, 20], [80]),
     "evidence (default)": ("evidence", [20], [160]),
     "FreeDoM": ("freedom", [1], []),
     "TFG": ("tfg", [1], []),
