@@ -79,6 +79,7 @@ def same_pictures(a: Path, b: Path) -> None:
     assert rows[0] == rows[1]
 
 
+@pytest.mark.slow
 def test_predict_gives_the_same_pictures_however_it_is_started(config: str, tmp_path: Path) -> None:
     def predict(name: str, *more: str, **options: str) -> subprocess.Popen:
         flags = ["predict", "-c", config, *REQUESTS, "--save_dir", str(tmp_path / name)]
@@ -95,7 +96,8 @@ def test_predict_gives_the_same_pictures_however_it_is_started(config: str, tmp_
         assert not list((tmp_path / name).glob(".*")), name
 
 
-@pytest.mark.parametrize("output", ["files", pytest.param("webdataset", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("output", ["files", "webdataset"])
 def test_a_killed_predict_makes_what_is_missing_and_nothing_else(config: str, tmp_path: Path, output: str) -> None:
     flags = ["predict", "-c", config, "--text", "a man", "--guidance_weight", "20", "--n_samples", "12"]
     flags += ["--skip_steps", "30", "--micro_batch", "1", "--output", output, "--shard_size", "3"]
@@ -245,6 +247,7 @@ def test_slurms_signal_saves_and_requeues(config: str, tmp_path: Path) -> None:
 SHARDED = ["-c", str(ROOT / "configs/fsdp.yaml"), "--trainer.devices", "2"]
 
 
+@pytest.mark.slow
 def test_a_sharded_network_learns_and_draws_as_a_whole_one(config: str, tmp_path: Path) -> None:
     finish(fit(config, tmp_path / "ddp", *ddp(2)))
     finish(fit(config, tmp_path / "sharded", *SHARDED))
