@@ -7,7 +7,6 @@ runs the drawn faces on 1, 2 and 3 processes of one thread each, whole (DDP) and
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,10 @@ import torch
 from jsonargparse import auto_cli
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from callbacks.evaluation import peak_bytes  # noqa: E402
+
 FIT = ["fit", "-c", "configs/faces.yaml", "--data.train_count", "2000", "--trainer.limit_val_batches", "0"]
 # Ho et al.'s network, on 64 pixels
 LARGE = {"patch": 1, "channels": [128, 128, 256, 256, 512, 512], "num_res_blocks": 2, "norm_groups": 32}
@@ -48,11 +51,8 @@ class Meter(L.Callback):
     on_predict_batch_end = on_train_batch_end
 
     def _write(self, trainer: L.Trainer) -> None:
-        if torch.cuda.is_available():
-            peak = torch.cuda.max_memory_allocated()
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        peaks = trainer.strategy.all_gather(torch.tensor(float(peak)))
+        device = trainer.strategy.root_device
+        peaks = trainer.strategy.all_gather(torch.tensor(float(peak_bytes(device)), device=device))
         if trainer.is_global_zero:
             rate = self.batch_size * trainer.world_size * (len(self.ends) - 1) / (self.ends[-1] - self.ends[0])
             self.path.write_text(json.dumps({"rate": rate, "peak": peaks.max().item()}))

@@ -123,6 +123,13 @@ class Evaluation(L.Callback):
         print(f"{markdown(table)}\n\n{markdown_of_texts(texts)}\n\nwritten to {self.report}")
 
 
+def peak_bytes(device: torch.device) -> int:
+    """The most memory: on a GPU since its statistics were reset, on a CPU of the process so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 class Cost:
     """Counts what a batch takes: passes through the network and CLIP, seconds, and the peak of memory.
 
@@ -156,11 +163,8 @@ class Cost:
         """A picture's share; the peak is not shared."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-            peak = torch.cuda.max_memory_allocated(self.device)
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         self.counts["seconds"] = time.perf_counter() - self.since
-        return {name: count / pictures for name, count in self.counts.items()} | {"peak_bytes": peak}
+        return {name: count / pictures for name, count in self.counts.items()} | {"peak_bytes": peak_bytes(self.device)}
 
     def remove(self) -> None:
         for hook in self.hooks:

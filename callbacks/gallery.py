@@ -4,7 +4,6 @@ import io
 import json
 import tarfile
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,11 +66,12 @@ class Gallery:
 
     def pack_left(self, count: int) -> None:
         """Pack what any process has left, when no other writes."""
-        left = (row for row in self.rows() if "shard" not in row) if self.output != "files" else iter(())
-        left = iter(list(left))
-        while rows := list(islice(left, count)):
-            self.pack(rows)
-        self.staged.clear()
+        if self.output == "files":
+            return
+        self.staged = [row for row in self.rows() if "shard" not in row]
+        self.pack_staged(count)
+        if self.staged:
+            self.pack_staged(len(self.staged))
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The metadata of the pictures that exist, by index, read as they are asked for."""

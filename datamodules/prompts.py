@@ -35,7 +35,8 @@ class PromptDataModule(L.LightningDataModule):
         prompts: where requests stand, in place of ``text``: a ``.txt`` file with a text a line, used as ``text`` is; or
             rows that have ``text`` and may have ``seed`` and ``guidance_weight``, each a request (``n_samples`` seeds
             of it where it names no seed): a ``.jsonl`` file, a ``.parquet`` file, a data set on the hub, or in Python
-            anything that gives dictionaries, such as a streaming set of ``datasets``. Rows are never loaded whole.
+            what gives dictionaries whenever it is iterated, such as a streaming set of ``datasets``. Rows are never
+            loaded whole.
         micro_batch: pictures that are sampled at once on each device; ``auto`` is as many as fit on a GPU, and 16
             on a CPU.
     """

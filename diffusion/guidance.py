@@ -94,16 +94,13 @@ class GuidedDenoiser:
     def __call__(self, x: Tensor, step: Step) -> Prediction:
         pred = self._guided(x, step)
         broken = _broken(pred)
-        if self.in_float32 is not None:
-            self.retries = self.retries + broken.long()
-            if broken.any():
-                with self.in_float32():
-                    again = self._guided(x, step)
-                chosen = broken[:, None, None, None]
-                variance = torch.where(chosen, again.variance, pred.variance)
-                x0, eps = torch.where(chosen, again.x0, pred.x0), torch.where(chosen, again.eps, pred.eps)
-                pred = Prediction(x0, eps, variance)
-                broken = _broken(pred)
+        self.retries = self.retries + broken.long()
+        if self.in_float32 is not None and broken.any():
+            with self.in_float32():
+                again = self._guided(x, step)
+            chosen = broken[:, None, None, None]
+            pred = Prediction(*(torch.where(chosen, new, old) for new, old in zip(again, pred, strict=True)))
+            broken = _broken(pred)
         if broken.any():
             reason = f"the guidance has no gradient, or one that is not finite, at t={step.t}"
             raise GuidanceError(int(broken.nonzero()[0]), reason)

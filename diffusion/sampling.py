@@ -21,6 +21,12 @@ class State(NamedTuple):
     step: Step
 
 
+def seed_of(*place: int | str) -> int:
+    """A generator's seed that depends on a place, such as (seed, step), alone."""
+    digest = hashlib.blake2b("/".join(map(str, place)).encode(), digest_size=7).digest()
+    return int.from_bytes(digest, "little")
+
+
 class Noise:
     """Standard normal noise that depends on (seed, k) alone: not on the batch, the device count or a restart.
 
@@ -39,8 +45,7 @@ class Noise:
         return torch.stack([self._one(seed, k) for seed in self.seeds])
 
     def _one(self, seed: int, k: int | str) -> Tensor:
-        digest = hashlib.blake2b(f"{seed}/{k}".encode(), digest_size=7).digest()
-        self._generator.manual_seed(int.from_bytes(digest, "little"))
+        self._generator.manual_seed(seed_of(seed, k))
         return torch.randn(self.shape, generator=self._generator, device=self.device, dtype=torch.float32)
 
 

@@ -226,8 +226,7 @@ class DDPMModule(Reproducible):
         finally:
             torch.set_default_dtype(dtype)
             self.unet.train(training)
-        retries = [0] * count if denoise.in_float32 is None else denoise.retries[:count].tolist()
-        return image[:count].clamp(-1, 1), retries
+        return image[:count].clamp(-1, 1), denoise.retries[:count].tolist()
 
     def draw_what_fits(
         self, text: Sequence[str], seed: Sequence[int], guidance_weight: Sequence[float], progress: bool = False

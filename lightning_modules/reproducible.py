@@ -1,10 +1,11 @@
 """Training that goes on, after a stop, as if there had been none."""
 
-import hashlib
 from typing import Any
 
 import lightning as L
 import torch
+
+from diffusion.sampling import seed_of
 
 
 class Reproducible(L.LightningModule):
@@ -20,8 +21,7 @@ class Reproducible(L.LightningModule):
             self.training_seed = self.trainer.strategy.broadcast(torch.initial_seed())
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        place = f"{self.training_seed}/{self.current_epoch}/{batch_idx}/{self.global_rank}"
-        torch.manual_seed(int.from_bytes(hashlib.blake2b(place.encode(), digest_size=7).digest(), "little"))
+        torch.manual_seed(seed_of(self.training_seed, self.current_epoch, batch_idx, self.global_rank))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["training_seed"] = self.training_seed
