@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from callbacks.checkpoints import WholeCheckpointIO, check, last_checkpoint
 from callbacks.evaluation import Evaluation
 from callbacks.gallery import Output
+from callbacks.judging import Judges
 from callbacks.prediction_writer import PredictionWriter
 from datamodules.prompts import PromptDataModule
 from diffusion.denoiser import Parametrisation
@@ -76,7 +77,7 @@ class ClipwardCLI(LightningCLI):
             parser.add_argument("--shard_size", type=int, default=1000, help="pictures a shard")
         if subcommand == "test":
             parser.add_argument("--judge", type=str, nargs="+", required=True, help="who looks at the pictures")
-            parser.set_defaults({"unguided": False, "n_samples": 16})
+            parser.set_defaults({"n_samples": 16})
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -151,8 +152,8 @@ class ClipwardCLI(LightningCLI):
                 )
                 self.requests.done = self.callback.finished()
             else:
-                self.callback = Evaluation(config.judge, config.save_dir, config.overwrite)
-                self.callback.check([request.text for request in self.requests.requests])
+                judges = Judges(config.judge, (request.text for request in self.requests.requests))
+                self.callback = Evaluation(judges, config.save_dir, config.overwrite)
         super().instantiate_classes()
         if self.subcommand == "test" and getattr(self.datamodule, "path", "") is not None:
             self.callback.data = self.datamodule

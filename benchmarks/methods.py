@@ -2,8 +2,8 @@
 
     python benchmarks/methods.py
 
-judges what each method draws of the drawn faces (``benchmarks/faces_texts.txt``, 32 seeds, 50 steps; 8 seeds at eight
-times the weight), writes ``out/methods/table.md``, ``out/methods/figure.png`` and a report for each, and goes on where
+judges what each method draws of the drawn faces (``benchmarks/faces_texts.txt``, 32 seeds, 50 steps), and as many
+unguided pictures, writes ``out/methods/table.md``, ``out/methods/figure.png`` and a report for each, and goes on where
 it was stopped.
 """
 
@@ -21,15 +21,17 @@ from callbacks.evaluation import curve, markdown  # noqa: E402
 from cli import main  # noqa: E402
 
 SHIPPED = ROOT / "checkpoints/faces64"
-# The weights are the authors' or were chosen on other texts and seeds. Those of the second list are the strong ones.
-METHODS: dict[str, tuple[str, list[float], list[float]]] = {
-    "formula as written": ("clip_guidance", [0, 50], [400]),
-    "formula as coded": ("clip_guidance_pixel", [50], [400]),
-    "MPGD": ("mpgd", [50], [400]),
-    "GLIDE": ("glide", [3, 10, 20], [80]),
-    "evidence (default)": ("evidence", [20], [160]),
-    "FreeDoM": ("freedom", [1], []),
-    "TFG": ("tfg", [1], []),
+TEXTS = ROOT / "benchmarks/faces_texts.txt"
+# The first weights are the authors' or were chosen on other texts and seeds; the last, where there are several, are
+# the strong ones: four to eight times as large.
+METHODS: dict[str, tuple[str, list[float]]] = {
+    "formula as written": ("clip_guidance", [50, 400]),
+    "formula as coded": ("clip_guidance_pixel", [50, 400]),
+    "MPGD": ("mpgd", [50, 400]),
+    "GLIDE": ("glide", [3, 10, 20, 80]),
+    "evidence (default)": ("evidence", [20, 160]),
+    "FreeDoM": ("freedom", [1]),
+    "TFG": ("tfg", [1]),
 }
 
 
@@ -37,7 +39,6 @@ def compare(
     save_dir: Path = Path("out/methods"),
     only: list[str] | None = None,
     n_samples: int = 32,
-    n_strong: int = 8,
     seed: int = 1000,
     val_count: int = 6000,
     micro_batch: int = 32,
@@ -46,26 +47,29 @@ def compare(
 
     Args:
         save_dir: where everything goes.
-        only: methods to judge now; all by default, none with [].
+        only: methods to judge now, or ``unguided``; all by default, none with [].
         n_samples: seeds for each text.
-        n_strong: seeds for each text at the strong weight.
         seed: the first.
         val_count: unseen faces to compare with.
         micro_batch: pictures sampled at once.
     """
+    unguided = n_samples * len(TEXTS.read_text().splitlines())
+    runs = {"unguided": ("evidence", [0], unguided)}
+    runs |= {name: (method, weights, n_samples) for name, (method, weights) in METHODS.items()}
     reports: dict[str, list[dict[str, Any]]] = {}
-    for name, (method, weights, strong) in METHODS.items():
-        for folder, chosen, count in ((method, weights, n_samples), (f"{method}_strong", strong, n_strong)):
-            report = save_dir / folder / "report.json"
-            if chosen and not report.exists() and (only is None or folder in only):
-                print(f"{name}: {method} at {chosen}", flush=True)
-                flags = ["--method", method, "--guidance_weight", *map(str, chosen), "--save_dir", str(report.parent)]
-                flags += ["--judge", str(SHIPPED / "judge.safetensors"), str(SHIPPED / "judge_clip")]
-                flags += ["--prompts", str(ROOT / "benchmarks/faces_texts.txt"), "--unguided", "false"]
-                flags += ["--data.val_count", str(val_count), "--n_samples", str(count), "--seed", str(seed)]
-                main(["test", "-c", str(ROOT / "configs/faces.yaml"), *flags, "--micro_batch", str(micro_batch)])
-            if report.exists():
-                reports.setdefault(name, []).extend(json.loads(report.read_text())["table"])
+    for name, (method, weights, count) in runs.items():
+        folder = method if name in METHODS else name
+        report = save_dir / folder / "report.json"
+        if not report.exists() and (only is None or folder in only):
+            print(f"{name}: {method} at {weights}", flush=True)
+            flags = ["--method", method, "--guidance_weight", *map(str, weights), "--save_dir", str(report.parent)]
+            flags += ["--judge", str(SHIPPED / "judge.safetensors"), str(SHIPPED / "judge_clip")]
+            flags += ["--prompts", str(TEXTS), "--data.val_count", str(val_count)]
+            flags += ["--n_samples", str(count), "--seed", str(seed), "--micro_batch", str(micro_batch)]
+            main(["test", "-c", str(ROOT / "configs/faces.yaml"), *flags])
+        if report.exists():
+            entries = json.loads(report.read_text())["table"]
+            reports[name] = [entry for entry in entries if bool(entry["guidance_weight"]) == (name in METHODS)]
     if reports:
         (save_dir / "table.md").write_text(table(reports))
         curve(reports).savefig(save_dir / "figure.png", dpi=150)
@@ -77,9 +81,7 @@ def table(reports: dict[str, list[dict[str, Any]]]) -> str:
     head, line, *_ = markdown([]).splitlines()
     rows = [f"| method {head}", f"|---{line}"]
     for name, entries in reports.items():
-        for entry in entries:
-            label = name if entry["guidance_weight"] else "unguided"
-            rows.append(f"| {label} {markdown([entry]).splitlines()[-1]}")
+        rows += [f"| {name} {markdown([entry]).splitlines()[-1]}" for entry in entries]
     return "\n".join(rows) + "\n"
 
 

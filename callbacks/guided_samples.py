@@ -11,10 +11,11 @@ from torch import Tensor
 
 from callbacks.figure import Cell, figure
 from callbacks.gallery import save_png
-from callbacks.prediction_writer import to_picture
-from diffusion.classifier import check_named
-from diffusion.judge import load_judge, obeys
+from callbacks.judging import Cost, Judges, Reference, Row, summarise
+from callbacks.prediction_writer import GRID_ROWS, to_picture
 from diffusion.methods import METHODS
+
+LOGGED = ("obey", "single", "clip_similarity", "held_out_similarity", "fid", "kid", "drift")
 
 
 class GuidedSamples(L.Callback):
@@ -30,7 +31,9 @@ class GuidedSamples(L.Callback):
         every_n_steps: optimiser steps between two drawings; none by steps with 0.
         every_n_epochs: epochs between two drawings; none by epochs with 0.
         micro_batch: pictures drawn at once on each device.
-        judge: who says how many of the guided samples obey, as for ``test``; logged as ``samples/obey``.
+        judge: who looks at the samples, as in ``test``: what it says of those of weight ``w`` is logged as
+            ``samples/w/obey``, ``samples/w/kid``, …, and compared with the validation set. FID wants some hundred
+            samples, of which the figure shows the first seeds.
     """
 
     def __init__(
@@ -42,14 +45,13 @@ class GuidedSamples(L.Callback):
         every_n_steps: int = 1000,
         every_n_epochs: int = 0,
         micro_batch: int = 16,
-        judge: str | None = None,
+        judge: list[str] | None = None,
     ) -> None:
         self.text, self.guidance_weight = text or [], guidance_weight
         self.every_n_steps, self.every_n_epochs, self.micro_batch = every_n_steps, every_n_epochs, micro_batch
         self.seeds = range(seed, seed + n_samples)
-        self.judge = None if judge is None else load_judge(Path(judge))
-        for sentence in self.text if self.judge else []:
-            check_named(self.judge.vocabulary, sentence, "judge")
+        self.judges = None if judge is None else Judges(judge, self.text)
+        self._reference: Reference | None = None
         self._drawn_step = 0
 
     def cells(self, method: str) -> list[Cell]:
@@ -77,11 +79,18 @@ class GuidedSamples(L.Callback):
             return
         self._drawn_step = step
         cells = self.cells(pl_module.sampling.method)
+        cost = Cost(pl_module)
         with isolate_rng(), trainer.precision_plugin.forward_context():
+            cost.start()
             images = self.images(cells, trainer, pl_module)
+            spent = cost.stop(-(-len(cells) // trainer.world_size))
+        cost.remove()
         folder, provenance = trainer.log_dir, pl_module.provenance()  # every process has a part in these
         if trainer.is_global_zero:
             self.show(trainer, cells, images, None if folder is None else Path(folder) / "samples", provenance)
+            if self.judges is not None and trainer.logger is not None:
+                with isolate_rng():
+                    self.record(trainer, self.judge(cells, images, spent, trainer, pl_module))
 
     def images(self, cells: list[Cell], trainer: L.Trainer, pl_module: L.LightningModule) -> Tensor:
         """(cells, C, H, W), in every process."""
@@ -100,15 +109,41 @@ class GuidedSamples(L.Callback):
         self, trainer: L.Trainer, cells: list[Cell], images: Tensor, folder: Path | None, provenance: dict[str, Any]
     ) -> None:
         """To the logger, and to ``folder`` as a PNG."""
-        step = trainer.global_step
-        sheet = figure({cell: to_picture(image) for cell, image in zip(cells, images, strict=True)})
-        if self.judge is not None and self.text and trainer.logger is not None:
-            guided = images[len(self.seeds) :].float().cpu()
-            verdicts = obeys(self.judge, guided, [cell.text for cell in cells if cell.text])
-            share = sum(all(seen.values()) for seen in verdicts) / len(verdicts)
-            trainer.logger.log_metrics({"samples/obey": share}, step)
+        step, shown = trainer.global_step, set(self.seeds[:GRID_ROWS])
+        pictures = {cell: image for cell, image in zip(cells, images, strict=True) if cell.seed in shown}
+        sheet = figure({cell: to_picture(image) for cell, image in pictures.items()})
         if isinstance(trainer.logger, L.pytorch.loggers.TensorBoardLogger):
             trainer.logger.experiment.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             save_png(folder / f"{step:08d}.png", sheet, f"step {step}; {provenance}")
+
+    def judge(
+        self,
+        cells: list[Cell],
+        images: Tensor,
+        cost: dict[str, float],
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+    ) -> list[Row]:
+        """An entry for each weight, as in the report of ``test``."""
+        classifier, data = self.judges.classifier, trainer.datamodule
+        if self._reference is None and classifier is not None and data is not None:
+            self._reference = Reference(data.val_dataloader(), classifier.to(pl_module.device))
+        requests = {
+            "index": list(range(len(cells))),
+            "text": [cell.text for cell in cells],
+            "seed": [cell.seed for cell in cells],
+            "guidance_weight": [cell.guidance_weight for cell in cells],
+            "valid": [True] * len(cells),
+        }
+        return summarise(self.judges.rows(requests, images, cost, pl_module.critics), self._reference)
+
+    def record(self, trainer: L.Trainer, table: list[Row]) -> None:
+        """What is a number in each entry, by its weight."""
+        for entry in table:
+            by_judge = {f"obey/{Path(path).stem}": share for path, share in entry["judges"].items()}
+            numbers = {name: entry.get(name) for name in LOGGED} | by_judge | {"seconds": entry["cost"]["seconds"]}
+            tags = {f"samples/{entry['guidance_weight']:g}/{name}": value for name, value in numbers.items()}
+            known = {tag: value for tag, value in tags.items() if value is not None}
+            trainer.logger.log_metrics(known, trainer.global_step)

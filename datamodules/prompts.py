@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator, Sequence, Set, Sized
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -79,8 +79,13 @@ class PromptDataModule(L.LightningDataModule):
         return self._loader(self.requests)
 
     def test_dataloader(self) -> DataLoader:
-        """The same, with weights outermost: what a batch costs is what its weight costs."""
-        return self._loader(sorted(self.requests, key=lambda request: request.guidance_weight))
+        """The same, with weights outermost: what a batch costs is what its weight costs.
+
+        An unguided picture is drawn once for each seed, for it is the same whatever the text.
+        """
+        plain = {request.seed: replace(request, text="") for request in self.requests if not request.guidance_weight}
+        guided = [request for request in self.requests if request.guidance_weight]
+        return self._loader([*plain.values(), *sorted(guided, key=lambda request: request.guidance_weight)])
 
     def _loader(self, requests: Iterable[Request]) -> DataLoader:
         rank, world = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)

@@ -63,12 +63,14 @@ def load_judge(path: Path) -> Judge:
     return ClipJudge(Clip.load(str(path)), sentences, vocabulary)
 
 
-def obeys(judge: Judge, image: Tensor, texts: list[str]) -> list[dict[str, bool]]:
-    """For each picture, whether the judge sees what its text names: ``[{"gender": True, "hair": False}, …]``."""
-    with torch.no_grad():
-        answers = {name: values.argmax(dim=1).tolist() for name, values in judge(image.float()).items()}
+def seen(judge: Judge, image: Tensor) -> list[dict[str, str]]:
+    """What a judge sees in each picture: ``[{"gender": "man", "hair": "grey"}, …]``."""
     values = {name: list(words) for name, words in judge.vocabulary.items()}
-    return [
-        {name: values[name][answers[name][i]] == value for name, value in named(judge.vocabulary, text).items()}
-        for i, text in enumerate(texts)
-    ]
+    with torch.no_grad():
+        answers = {name: logits.argmax(dim=1).tolist() for name, logits in judge(image.float()).items()}
+    return [{name: values[name][places[i]] for name, places in answers.items()} for i in range(len(image))]
+
+
+def obeys(vocabulary: Vocabulary, saw: Mapping[str, str], text: str) -> dict[str, bool]:
+    """For each attribute that a text names, whether it is what was seen: ``{"gender": True, "hair": False}``."""
+    return {name: saw[name] == value for name, value in named(vocabulary, text).items()}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from diffusion.classifier import Classifier, load_classifier
@@ -96,9 +97,12 @@ class Critics:
         found = vars(self)
         return found.get("clips", []) + ([self.noisy_clip] if "noisy_clip" in found else [])
 
-    def similarity(self, text: Sequence[str], device: torch.device) -> Ensemble:
-        """The cosine of each picture and its text."""
-        return Ensemble([ClipSimilarity(clip.to(device), spared(text)) for clip in self.clips], self.weights)
+    def cosines(self, image: Tensor, text: Sequence[str]) -> Tensor:
+        """(B, T): the cosine of each picture and each text, averaged over the CLIPs."""
+        clips = [clip.to(image.device) for clip in self.clips]
+        found = [clip.encode_image(image) @ clip.encode_text(text).T for clip in clips]
+        shares = [weight / sum(self.weights) for weight in self.weights]
+        return sum(share * cosines for share, cosines in zip(shares, found, strict=True))
 
     def critic(self, kind: Kind, text: Sequence[str], noise: Named, device: torch.device) -> Critic:
         """What a method asks whether a picture obeys."""

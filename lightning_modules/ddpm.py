@@ -21,7 +21,7 @@ from diffusion.schedule import Betas, Schedule, ScheduleName, Step, time_travel
 from diffusion.unet import UNet, UNetConfig
 from diffusion.weights import Weights, load_weights, save_weights, state_hash
 from errors import InputError
-from lightning_modules.critics import Critics
+from lightning_modules.critics import Critics, spared
 from lightning_modules.ema import EMA
 from lightning_modules.optim import OptimConfig, adamw
 from lightning_modules.reproducible import Reproducible
@@ -344,8 +344,9 @@ class DDPMModule(Reproducible):
     def clip_similarity(self, image: Tensor, text: Sequence[str]) -> list[float | None]:
         if not self._anywhere(any(text)) or not self.critics.names:
             return [None] * len(text)
-        cosines = self.critics.similarity(text, self.device)(image).tolist()
-        return [cosine if sentence else None for cosine, sentence in zip(cosines, text, strict=True)]
+        column = {sentence: i for i, sentence in enumerate(dict.fromkeys(spared(text)))}
+        cosines = self.critics.cosines(image, list(column)).tolist()
+        return [row[column[sentence]] if sentence else None for row, sentence in zip(cosines, text, strict=True)]
 
     def provenance(self) -> dict[str, Any]:
         """What it takes, beside a request, to make its picture again."""

@@ -102,7 +102,7 @@ def config(tmp_path: Path, tiny_weights: Path, tiny_clip: Path) -> str:
     trainer["logger"]["init_args"]["save_dir"] = str(tmp_path / "runs")
     for callback in trainer["callbacks"]:
         arguments = callback.get("init_args", {})
-        arguments |= {"judge": str(ROOT / arguments["judge"])} if "judge" in arguments else {}
+        arguments |= {"judge": [str(ROOT / path) for path in arguments["judge"]]} if "judge" in arguments else {}
         arguments |= {name: 4 for name in ("every_n_train_steps", "every_n_steps") if name in arguments}
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(faces | {"trainer": trainer}))

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_the_methods_are_those_of_the_package() -> None:
-    assert {method for method, _, _ in METHODS.values()} <= methods.METHODS.keys()
+    assert {method for method, _ in METHODS.values()} <= methods.METHODS.keys()
 
 
 def test_the_texts_are_those_of_the_contract() -> None:
@@ -25,14 +25,16 @@ def test_a_method_is_judged_into_a_table_and_a_figure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(ROOT)
-    compare(tmp_path, only=["evidence_strong"], n_strong=1, val_count=300)
+    monkeypatch.setitem(METHODS, "evidence (default)", ("evidence", [20]))
+    compare(tmp_path, only=["evidence", "unguided"], n_samples=1, val_count=300)
     table = (tmp_path / "table.md").read_text()
     assert table in capsys.readouterr().out
-    assert "| evidence (default) | 160 | 12 | " in table
+    assert "| unguided | 0 | 12 | " in table
+    assert "| evidence (default) | 20 | 12 | " in table
     assert (tmp_path / "figure.png").stat().st_size > 1000
-    before = (tmp_path / "evidence_strong/report.json").stat().st_mtime_ns
-    compare(tmp_path, only=["evidence_strong"])  # what is there is not judged again
-    assert (tmp_path / "evidence_strong/report.json").stat().st_mtime_ns == before
+    before = (tmp_path / "evidence/report.json").stat().st_mtime_ns
+    compare(tmp_path, only=["evidence"])  # what is there is not judged again
+    assert (tmp_path / "evidence/report.json").stat().st_mtime_ns == before
 
 
 @pytest.mark.slow

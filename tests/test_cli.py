@@ -135,7 +135,12 @@ def test_fit_logs_saves_and_resumes_and_predict_takes_what_it_saved(config: str,
     last = next((tmp_path / "runs").rglob("last.ckpt"))
     assert list((tmp_path / "runs").rglob("config.fit.yaml"))
     events = EventAccumulator(str(last.parent.parent)).Reload()
-    assert [0 <= event.value <= 1 for event in events.Scalars("samples/obey")] == [True]
+    judged = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert len(judged["samples/0/fid"]) == len(judged["samples/100/kid"]) == 1
+    assert 0 <= judged["samples/100/obey"][0] <= 1
+    assert judged["samples/100/obey/judge"] == judged["samples/100/obey"]
+    assert judged["samples/100/drift"][0] > 0
+    assert "samples/0/drift" not in judged
     main(["fit", "-c", config, "--ckpt_path", str(last), "--trainer.max_steps", "6"])
     main(["validate", "-c", config, "--ckpt_path", str(last)])
     predict(config, tmp_path / "a", "--ckpt_path", str(last), "--n_samples", "1")
@@ -200,16 +205,14 @@ def test_test_judges_what_obeys(config: str, tmp_path: Path, capsys: pytest.Capt
     vocabulary = yaml.safe_load((ROOT / "configs/faces_judge.yaml").read_text())["model"]["init_args"]["vocabulary"]
     save_classifier(tmp_path / "judge.safetensors", Classifier(vocabulary, 8))
     flags = ["--judge", str(tmp_path / "judge.safetensors"), "--save_dir", str(tmp_path / "out"), "--n_samples", "3"]
-    flags += ["--micro_batch", "6"]
+    flags += ["--micro_batch", "3"]
     texts = ["--text", "an old man with a smile", "a girl", "--guidance_weight", "0", "50"]
     main(["test", "-c", config, *flags, *texts])
     report = json.loads((tmp_path / "out/report.json").read_text())
     plain, guided = report["table"]
-    assert (plain["guidance_weight"], guided["guidance_weight"], plain["pictures"]) == (0, 50, 6)
-    assert (plain["cost"]["network_forwards"], plain["cost"]["network_backwards"]) == (
-        16 / 3,
-        0,
-    )  # 6 are filled up to 8
+    assert (plain["guidance_weight"], guided["guidance_weight"], plain["pictures"]) == (0, 50, 3)
+    assert guided["pictures"] == 6
+    assert (plain["cost"]["network_forwards"], plain["cost"]["network_backwards"]) == (16 / 3, 0)  # 3 filled up to 4
     assert guided["cost"]["network_backwards"] > 0
     assert guided["drift"] > 0
     assert {"fid", "kid"} < plain.keys()

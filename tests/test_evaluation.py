@@ -8,18 +8,21 @@ import pytest
 import torch
 import yaml
 
-from callbacks.evaluation import Reference, distances, markdown, summarise
+from callbacks.evaluation import markdown
+from callbacks.judging import Judges, Reference, frechet, jackknife, kernel, summarise
 from datamodules.faces import FacesDataModule
-from diffusion.classifier import Classifier
+from diffusion.classifier import Classifier, save_classifier
 from diffusion.clip import Clip
-from diffusion.judge import load_judge, obeys
+from diffusion.judge import load_judge, obeys, seen
 from errors import InputError
+from lightning_modules.critics import Critics
 
 JUDGE = Path(__file__).parent.parent / "configs/faces_judge.yaml"
 
 
 def row(weight: float, seed: int, gender: bool, age: bool, other: bool = True, shift: float = 0.0) -> dict:
     return {
+        "index": 10 * weight + seed,
         "text": "an old man",
         "seed": seed,
         "guidance_weight": weight,
@@ -51,21 +54,44 @@ def test_the_table_counts_what_obeys() -> None:
     assert guided["drift"] == 2.0
     assert guided["cost"]["peak_bytes"] == 7
     json.dumps([plain, guided])
-    assert "| 9 | 2 | 50% | 75% | 0.500 | 0.250 |  |  | 2.00 | 200 | 2.00 |" in markdown([plain, guided])
+    assert guided["obey_error"] == pytest.approx(0.5)
+    assert "| 9 | 2 | 50.0% ± 50.0% | 100.0% | 75.0% | 0.500 | 0.250 |  |  | 2.00 | 200 | 2.00 |" in markdown([guided])
+
+
+def test_an_unguided_picture_counts_once_though_it_is_asked_for_every_text() -> None:
+    again = [{**each, "text": "an old woman", "seen": {"judge": {"gender": False}}} for each in ROWS[:2]]
+    first = [{**each, "seen": {"judge": each["seen"]["judge"]}} for each in ROWS[:2]]
+    far = torch.tensor([[0.0, 0.0], [1.0, 0.0], [9.0, 3.0]])
+    (once,), (both,) = (summarise(rows, reference=All(far)) for rows in (first, first + again))
+    assert (once["pictures"], both["pictures"]) == (2, 2)
+    assert once["fid"] == both["fid"]
+    assert (once["single"], both["single"]) == (0.25, pytest.approx(1 / 6))
+
+
+class All(Reference):
+    def __init__(self, features: torch.Tensor) -> None:
+        self.features, self.labels = features, None
+
+
+def test_the_jackknife_knows_the_error_of_a_mean() -> None:
+    values = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    found = jackknife(lambda part: part[:, 0].mean().item(), values, list(range(40)))
+    assert found == pytest.approx((values[:, 0].std() / 40**0.5).item(), rel=1e-4)
+    assert jackknife(lambda part: 0.0, values, [1] * 40) is None
 
 
 def test_the_distances_are_those_of_gaussians_and_of_cubic_kernels() -> None:
     torch.manual_seed(0)
     a, b = torch.randn(200, 4), 1.5 * torch.randn(100, 4) + 0.3
-    found = distances(a, b)
+    found = {"fid": frechet(a, b), "kid": kernel(a, b)}
     x, y = a.double().numpy(), b.double().numpy()
     root = _root(_cov(x))  # tr (Σ₁Σ₂)^½ = tr (Σ₁^½ Σ₂ Σ₁^½)^½
     fid = ((x.mean(0) - y.mean(0)) ** 2).sum() + (_cov(x) + _cov(y) - 2 * _root(root @ _cov(y) @ root)).trace()
     assert found["fid"] == pytest.approx(fid, rel=1e-4)
-    kernel = {name: (p @ q.T / 4 + 1) ** 3 for name, p, q in (("xx", x, x), ("yy", y, y), ("xy", x, y))}
-    off = {name: (k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for name, k in kernel.items() if name != "xy"}
-    assert found["kid"] == pytest.approx(off["xx"] + off["yy"] - 2 * kernel["xy"].mean(), rel=0.25)
-    assert distances(a, a)["fid"] == pytest.approx(0, abs=1e-6)
+    cubic = {name: (p @ q.T / 4 + 1) ** 3 for name, p, q in (("xx", x, x), ("yy", y, y), ("xy", x, y))}
+    off = {name: (k.sum() - k.trace()) / (len(k) * (len(k) - 1)) for name, k in cubic.items() if name != "xy"}
+    assert found["kid"] == pytest.approx(off["xx"] + off["yy"] - 2 * cubic["xy"].mean(), rel=0.25)
+    assert frechet(a, a) == pytest.approx(0, abs=1e-6)
 
 
 def _cov(x: np.ndarray) -> np.ndarray:
@@ -94,10 +120,35 @@ def test_a_clip_judges_by_the_nearest_sentence(tiny_clip: Path) -> None:
         (tiny_clip / "judge.json").unlink()
     image = torch.rand(6, 3, 16, 16) * 2 - 1
     nearest = (clip.encode_image(image) @ clip.encode_text(["a woman", "a man"]).T).argmax(dim=1)
-    verdicts = obeys(judge, image, ["a man with red hair"] * 5 + ["a person"])
-    assert [verdict["gender"] for verdict in verdicts[:5]] == (nearest[:5] == 1).tolist()
+    verdicts = [obeys(judge.vocabulary, saw, "a man with red hair") for saw in seen(judge, image)]
+    assert [verdict["gender"] for verdict in verdicts] == (nearest == 1).tolist()
     assert set(verdicts[0]) == {"gender", "hair"}
-    assert verdicts[5] == {}
+    assert obeys(judge.vocabulary, {"gender": "man", "hair": "red"}, "a person") == {}
+
+
+def test_judges_ask_an_unguided_picture_for_every_text(tiny_clip: Path, tmp_path: Path) -> None:
+    path = tmp_path / "judge.safetensors"
+    vocabulary = yaml.safe_load(JUDGE.read_text())["model"]["init_args"]["vocabulary"]
+    save_classifier(path, Classifier(vocabulary, 8))
+    texts = ["an old man", "", "a girl", "a girl"]
+    judges, critics = Judges([str(path)], texts), Critics([str(tiny_clip)])
+    with pytest.raises(InputError, match="text: none given"):
+        Judges([str(path)], [""])
+    image = torch.rand(3, 3, 16, 16) * 2 - 1
+    requests = {"text": ["", "a girl", "a girl"], "valid": [True, True, False], "guidance_weight": [0.0, 9.0, 9.0]}
+    rows = judges.rows(requests, image, {"seconds": 1.0}, critics)
+    assert [(each["text"], each["guidance_weight"]) for each in rows] == [
+        ("an old man", 0),
+        ("a girl", 0),
+        ("a girl", 9),
+    ]
+    clip = critics.clips[0]
+    expected = (clip.encode_image(image) @ clip.encode_text(["an old man", "a girl"]).T).detach()
+    found = torch.tensor([each["clip_similarity"] for each in rows])
+    torch.testing.assert_close(found, torch.stack([expected[0, 0], expected[0, 1], expected[1, 1]]))
+    saw = seen(judges.classifier, image)
+    assert rows[0]["seen"][str(path)] == {"gender": saw[0]["gender"] == "man", "age": saw[0]["age"] == "old"}
+    torch.testing.assert_close(rows[0]["features"], rows[1]["features"])
 
 
 def test_features_tell_sets_apart_and_take_any_size() -> None:
@@ -108,7 +159,8 @@ def test_features_tell_sets_apart_and_take_any_size() -> None:
 def test_guided_pictures_are_compared_with_those_that_their_texts_are_true_of() -> None:
     vocabulary = yaml.safe_load(JUDGE.read_text())["model"]["init_args"]["vocabulary"]
     classifier, data = Classifier(vocabulary, 8).eval(), FacesDataModule(size=16, val_count=200, batch_size=50)
-    reference = Reference(data, classifier)
+    data.setup("validate")
+    reference = Reference(data.val_dataloader(), classifier)
     faces = [data.val_set[i] for i in range(200)]
     true = {"a man": {0: 1}, "an old woman with red hair": {0: 0, 1: 1, 2: 3}}
     matches = {
@@ -139,6 +191,6 @@ def test_two_processes_judge_what_one_does(tmp_path: Path) -> None:
         assert ran.returncode == 0, ran.stderr[-2000:]
         reports.append(json.loads((out / "report.json").read_text())["table"])
     for one, two in zip(*reports, strict=True):
-        assert one["pictures"] == two["pictures"] == 6
+        assert one["pictures"] == two["pictures"] == (6 if one["guidance_weight"] else 3)
         assert (one["obey"], one["attributes"]) == (two["obey"], two["attributes"])
         assert one["fid"] == pytest.approx(two["fid"], rel=1e-4)
