@@ -77,6 +77,12 @@ class ClipwardCLI(LightningCLI):
             parser.add_argument("--shard_size", type=int, default=1000, help="pictures a shard")
         if subcommand == "test":
             parser.add_argument("--judge", type=str, nargs="+", required=True, help="who looks at the pictures")
+            parser.add_argument(
+                "--features",
+                type=str,
+                default="judge",
+                help="what measures fidelity: `judge`, `inception` (needs torch-fidelity), or a file of its weights",
+            )
             parser.set_defaults({"n_samples": 16})
         return parser
 
@@ -152,7 +158,7 @@ class ClipwardCLI(LightningCLI):
                 )
                 self.requests.done = self.callback.finished()
             else:
-                judges = Judges(config.judge, (request.text for request in self.requests.requests))
+                judges = Judges(config.judge, (r.text for r in self.requests.requests), config.features)
                 self.callback = Evaluation(judges, config.save_dir, config.overwrite)
         super().instantiate_classes()
         if self.subcommand == "test" and getattr(self.datamodule, "path", "") is not None:

@@ -66,9 +66,9 @@ class Evaluation(L.Callback):
         if not trainer.is_global_zero:
             return
         reference = None
-        if self.data is not None and self.judges.classifier is not None:
+        if self.data is not None:
             self.data.setup("validate")
-            reference = Reference(self.data.val_dataloader(), self.judges.classifier)
+            reference = Reference(self.data.val_dataloader(), self.judges, pl_module.device)
         table = summarise(rows, reference)
         texts = [
             {"text": text, **entry}

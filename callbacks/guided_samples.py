@@ -34,6 +34,7 @@ class GuidedSamples(L.Callback):
         judge: who looks at the samples, as in ``test``: what it says of those of weight ``w`` is logged as
             ``samples/w/obey``, ``samples/w/kid``, …, and compared with the validation set. FID wants some hundred
             samples, of which the figure shows the first seeds.
+        features: by which fidelity is measured, as in ``test``.
     """
 
     def __init__(
@@ -46,11 +47,12 @@ class GuidedSamples(L.Callback):
         every_n_epochs: int = 0,
         micro_batch: int = 16,
         judge: list[str] | None = None,
+        features: str = "judge",
     ) -> None:
         self.text, self.guidance_weight = text or [], guidance_weight
         self.every_n_steps, self.every_n_epochs, self.micro_batch = every_n_steps, every_n_epochs, micro_batch
         self.seeds = range(seed, seed + n_samples)
-        self.judges = None if judge is None else Judges(judge, self.text)
+        self.judges = None if judge is None else Judges(judge, self.text, features)
         self._reference: Reference | None = None
         self._drawn_step = 0
 
@@ -127,9 +129,8 @@ class GuidedSamples(L.Callback):
         pl_module: L.LightningModule,
     ) -> list[Row]:
         """An entry for each weight, as in the report of ``test``."""
-        classifier, data = self.judges.classifier, trainer.datamodule
-        if self._reference is None and classifier is not None and data is not None:
-            self._reference = Reference(data.val_dataloader(), classifier.to(pl_module.device))
+        if self._reference is None and trainer.datamodule is not None:
+            self._reference = Reference(trainer.datamodule.val_dataloader(), self.judges, pl_module.device)
         requests = {
             "index": list(range(len(cells))),
             "text": [cell.text for cell in cells],

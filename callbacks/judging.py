@@ -5,19 +5,27 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import lightning as L
 import torch
 from torch import Tensor, nn
 
-from diffusion.classifier import Classifier, check_named, named
+from diffusion.classifier import Classifier, Vocabulary, check_named, named
 from diffusion.clip import Clip
 from diffusion.judge import ClipJudge, load_judge, obeys, seen
-from errors import InputError
-from lightning_modules.critics import Critics
+from errors import InputError, first_line
 
 Row = dict[str, Any]
+
+
+class Critics(Protocol):
+    """The CLIPs that guide, where there are ``names`` of any."""
+
+    names: list[str]
+
+    def cosines(self, image: Tensor, text: Sequence[str]) -> Tensor:
+        """(B, C, H, W) and T texts -> (B, T)."""
 
 
 class Judges:
@@ -27,15 +35,17 @@ class Judges:
     asked for all of them.
 
     Args:
-        paths: a classifier's safetensors, whose features also measure fidelity, or a CLIP's folder with ``judge.json``.
-            The first one's verdict is the table's.
+        paths: a classifier's safetensors, or a CLIP's folder with ``judge.json``. The first one's verdict is the
+            table's.
         texts: all that will be asked for.
+        features: what measures fidelity: ``judge``, the classifier's features or, where there is none, the CLIP's;
+            ``inception``, those of FID's own network, downloaded on first use; or a file with its weights.
 
     Raises:
         InputError: where a judge knows nothing of a text, or there is none.
     """
 
-    def __init__(self, paths: Sequence[str], texts: Iterable[str]) -> None:
+    def __init__(self, paths: Sequence[str], texts: Iterable[str], features: str = "judge") -> None:
         self.judges = {path: load_judge(Path(path)) for path in paths}
         self.texts = list(dict.fromkeys(filter(None, texts)))
         if not self.texts:
@@ -44,13 +54,26 @@ class Judges:
             for judge in self.judges.values():
                 check_named(judge.vocabulary, text, "judge")
 
-    @property
-    def classifier(self) -> Classifier | None:
-        return next((judge for judge in self.judges.values() if isinstance(judge, Classifier)), None)
+        self._inception = None if features == "judge" else Inception(features)
 
     @property
     def clip(self) -> Clip | None:
         return next((judge.clip for judge in self.judges.values() if isinstance(judge, ClipJudge)), None)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The first judge's."""
+        return next(iter(self.judges.values())).vocabulary
+
+    def features(self, image: Tensor) -> Tensor:
+        """(B, C, H, W) in [-1, 1] -> (B, features), by which sets of pictures are compared."""
+        if self._inception is not None:
+            return self._inception.to(image.device)(image)
+        for judge in self.judges.values():
+            if isinstance(judge, Classifier):
+                return judge.to(image.device).features(image)
+        features = self.clip.to(image.device).encode_image(image)
+        return features * features.shape[1] ** 0.5  # about 1 each, as KID's kernel takes them to be
 
     @torch.no_grad()
     def rows(
@@ -70,7 +93,7 @@ class Judges:
             if isinstance(judge, nn.Module):
                 judge.to(image.device)
         saw = {path: seen(judge, image) for path, judge in self.judges.items()}
-        features = [None] * len(image) if self.classifier is None else self.classifier.features(image).cpu()
+        features = self.features(image).cpu()
         guiding = critics.cosines(image, self.texts) if critics.names else None
         clip = None if self.clip is None else self.clip.to(image.device)
         held_out = None if clip is None else clip.encode_image(image) @ clip.encode_text(self.texts).T
@@ -142,21 +165,49 @@ class Cost:
             hook.remove()
 
 
+class Inception(nn.Module):
+    """The network of FID (Heusel et al. 2017) as torch-fidelity has it, up to its last pooling.
+
+    Args:
+        path: of its weights, or ``inception`` to download them.
+
+    Raises:
+        InputError: where the package or the weights can't be had.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except ImportError as error:
+            raise InputError("features: Inception needs the package torch-fidelity, which pip installs") from error
+        file = None if path == "inception" else path
+        try:
+            self.network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=file)
+        except Exception as error:
+            raise InputError(f"features: {path} gives no weights of Inception ({first_line(error)})") from error
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, 2048)."""
+        return self.network(((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))[0]
+
+
 class Reference:
     """Features of pictures to compare with, and which of them a text is true of.
 
     Args:
-        batches: with ``image``, and ``labels`` in the order of the classifier's attributes where there are any.
-        classifier: whose features.
+        batches: with ``image``, and ``labels`` in the order of the judges' attributes where there are any.
+        judges: whose features.
+        device: on which they look.
     """
 
-    def __init__(self, batches: Iterable[dict[str, Any]], classifier: Classifier) -> None:
-        device, features, labels = next(classifier.parameters()).device, [], []
+    def __init__(self, batches: Iterable[dict[str, Any]], judges: Judges, device: torch.device) -> None:
+        features, labels = [], []
         with torch.no_grad():
             for batch in batches:
-                features.append(classifier.features(batch["image"].to(device)).cpu())
+                features.append(judges.features(batch["image"].to(device)).cpu())
                 labels.append(batch.get("labels"))
-        self.features, self.vocabulary = torch.cat(features), classifier.vocabulary
+        self.features, self.vocabulary = torch.cat(features), judges.vocabulary
         self.labels = None if labels[0] is None else torch.cat(labels)  # (N, attributes)
 
     def of(self, texts: list[str]) -> Tensor:
@@ -231,10 +282,10 @@ def summarise(rows: list[Row], reference: Reference | None = None) -> list[Row]:
 
     ``obey`` is the share of pictures in which the first judge sees all that the text names; ``obey_std`` its spread
     over seeds and ``obey_error`` its standard error; ``single`` is the share of all that is named; ``attributes`` by
-    attribute; ``judges`` has ``obey`` by each judge. ``fid``, its standard error ``fid_error`` and ``kid`` compare
-    features: of guided pictures with those that their texts are true of, of unguided ones with all. ``drift`` is the
-    mean distance in features from the unguided picture of the same seed, where there is one. ``per_success`` is the
-    passes through the network for each picture that obeys.
+    attribute; ``judges`` has ``obey`` by each judge. ``fid`` and ``kid`` compare features: of guided pictures with
+    those that their texts are true of, of unguided ones with all; ``fid_error`` is a standard error, known where there
+    are more pictures than features. ``drift`` is the mean distance in features from the unguided picture of the same
+    seed, where there is one. ``per_success`` is the passes through the network for each picture that obeys.
     """
     plain = {row["seed"]: row["features"] for row in rows if row["guidance_weight"] == 0}
     table = []
@@ -268,17 +319,16 @@ def summarise(rows: list[Row], reference: Reference | None = None) -> list[Row]:
             "cost": cost,
             "per_success": passes / obey if obey else None,
         }
-        if group[0]["features"] is not None:
-            made = torch.stack([row["features"] for row in pictures])
-            if reference is not None and len(made) > 1:
-                like = reference.of([row["text"] for row in group]) if weight else reference.features
-                entry["fid"], entry["kid"] = frechet(made, like), kernel(made, like)
+        made = torch.stack([row["features"] for row in pictures])
+        if reference is not None and len(made) > 1:
+            like = reference.of([row["text"] for row in group]) if weight else reference.features
+            entry["fid"], entry["kid"], entry["reference"] = frechet(made, like), kernel(made, like), len(like)
+            if len(made) > made.shape[1]:  # else no covariance has full rank, and that of a part less
                 folds = [row["seed"] % 16 for row in pictures]
                 entry["fid_error"] = jackknife(lambda part, like=like: frechet(part, like), made, folds)
-                entry["reference"] = len(like)
-            if weight and plain:
-                twins = torch.stack([plain[row["seed"]] for row in pictures])
-                entry["drift"] = (made - twins).norm(dim=1).mean().item()
+        if weight and plain:
+            twins = torch.stack([plain[row["seed"]] for row in pictures])
+            entry["drift"] = (made - twins).norm(dim=1).mean().item()
         table.append(entry)
     return table
 

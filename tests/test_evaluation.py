@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -146,7 +147,7 @@ def test_judges_ask_an_unguided_picture_for_every_text(tiny_clip: Path, tmp_path
     expected = (clip.encode_image(image) @ clip.encode_text(["an old man", "a girl"]).T).detach()
     found = torch.tensor([each["clip_similarity"] for each in rows])
     torch.testing.assert_close(found, torch.stack([expected[0, 0], expected[0, 1], expected[1, 1]]))
-    saw = seen(judges.classifier, image)
+    saw = seen(judges.judges[str(path)], image)
     assert rows[0]["seen"][str(path)] == {"gender": saw[0]["gender"] == "man", "age": saw[0]["age"] == "old"}
     torch.testing.assert_close(rows[0]["features"], rows[1]["features"])
 
@@ -156,11 +157,39 @@ def test_features_tell_sets_apart_and_take_any_size() -> None:
     assert judge.features(torch.randn(3, 3, 32, 48)).shape == (3, 32)
 
 
-def test_guided_pictures_are_compared_with_those_that_their_texts_are_true_of() -> None:
+def test_features_are_the_classifiers_or_the_clips_or_inceptions(tiny_clip: Path, tmp_path: Path) -> None:
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    image = torch.rand(2, 3, 16, 16) * 2 - 1
+    entries = {"gender": {who: {"prompt": who, "words": [who]} for who in ("woman", "man")}}
+    clip = shutil.copytree(tiny_clip, tmp_path / "clip")
+    (clip / "judge.json").write_text(json.dumps(entries))
+    by_clip = Judges([str(clip)], ["a man"]).features(image)
+    torch.testing.assert_close(by_clip.square().mean(dim=1), torch.ones(2))
+
+    torch.manual_seed(0)
+    network = FeatureExtractorInceptionV3.__new__(FeatureExtractorInceptionV3)
+    with pytest.MonkeyPatch.context() as patch:  # a network of chance, for its real weights are a download
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *a, **k: {})
+        network.__init__("inception", ["2048"])
+    torch.save(network.state_dict(), tmp_path / "inception.pth")
+    judges = Judges([str(clip)], ["a man"], str(tmp_path / "inception.pth"))
+    pixels = ((image + 1) * 127.5).round().to(torch.uint8)
+    with torch.no_grad():
+        torch.testing.assert_close(judges.features(image), network.eval()(pixels)[0])
+    assert judges.features(image).shape == (2, 2048)
+    with pytest.raises(InputError, match=r"features: .*nothing\.pth gives no weights of Inception"):
+        Judges([str(clip)], ["a man"], str(tmp_path / "nothing.pth"))
+
+
+def test_guided_pictures_are_compared_with_those_that_their_texts_are_true_of(tmp_path: Path) -> None:
     vocabulary = yaml.safe_load(JUDGE.read_text())["model"]["init_args"]["vocabulary"]
     classifier, data = Classifier(vocabulary, 8).eval(), FacesDataModule(size=16, val_count=200, batch_size=50)
     data.setup("validate")
-    reference = Reference(data.val_dataloader(), classifier)
+    save_classifier(tmp_path / "judge.safetensors", classifier)
+    judges = Judges([str(tmp_path / "judge.safetensors")], ["a man"])
+    reference = Reference(data.val_dataloader(), judges, torch.device("cpu"))
     faces = [data.val_set[i] for i in range(200)]
     true = {"a man": {0: 1}, "an old woman with red hair": {0: 0, 1: 1, 2: 3}}
     matches = {
@@ -170,7 +199,7 @@ def test_guided_pictures_are_compared_with_those_that_their_texts_are_true_of() 
     share = min(map(len, matches.values()))
     picked = [faces[i]["image"] for text in true for i in matches[text][:share]]
     with torch.no_grad():
-        expected = classifier.features(torch.stack(picked))
+        expected = judges.features(torch.stack(picked))
     torch.testing.assert_close(reference.of(list(true)), expected, atol=1e-5, rtol=1e-5)
     assert len(reference.features) == 200
     reference.labels = None
