@@ -125,7 +125,9 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "1000 KID": lambda entry: _shown(1000 * entry["kid"] if "kid" in entry else None, ".2f"),
     "drift": lambda entry: _shown(entry.get("drift"), ".2f"),
     "passes per success": lambda entry: _shown(entry["per_success"], ".0f"),
+    "CLIP passes": lambda entry: f"{entry['cost']['critic_passes']:.0f}",
     "seconds": lambda entry: f"{entry['cost']['seconds']:.2f}",
+    "peak GiB": lambda entry: f"{entry['cost']['peak_bytes'] / 2**30:.1f}",
 }
 
 

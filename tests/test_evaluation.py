@@ -18,6 +18,7 @@ from diffusion.judge import load_judge, obeys, seen
 from errors import InputError
 from lightning_modules.critics import Critics
 
+PEAK = 7 * 2**30
 JUDGE = Path(__file__).parent.parent / "configs/faces_judge.yaml"
 
 
@@ -31,7 +32,13 @@ def row(weight: float, seed: int, gender: bool, age: bool, other: bool = True, s
         "clip_similarity": 0.5,
         "held_out_similarity": 0.25,
         "features": torch.tensor([seed + shift, 0.0]),
-        "cost": {"network_forwards": 50.0, "network_backwards": 50.0, "seconds": 2.0, "peak_bytes": 7},
+        "cost": {
+            "network_forwards": 50.0,
+            "network_backwards": 50.0,
+            "critic_passes": 51,
+            "seconds": 2.0,
+            "peak_bytes": PEAK,
+        },
     }
 
 
@@ -53,10 +60,13 @@ def test_the_table_counts_what_obeys() -> None:
     assert (plain["per_success"], guided["per_success"]) == (None, 200)
     assert "drift" not in plain
     assert guided["drift"] == 2.0
-    assert guided["cost"]["peak_bytes"] == 7
+    assert guided["cost"]["peak_bytes"] == PEAK
     json.dumps([plain, guided])
     assert guided["obey_error"] == pytest.approx(0.5)
-    assert "| 9 | 2 | 50.0% ± 50.0% | 100.0% | 75.0% | 0.500 | 0.250 |  |  | 2.00 | 200 | 2.00 |" in markdown([guided])
+    assert (
+        "| 9 | 2 | 50.0% ± 50.0% | 100.0% | 75.0% | 0.500 | 0.250 |  |  | 2.00 | 200 | 51 | 2.00 | 7.0 |"
+        in markdown([guided])
+    )
 
 
 def test_an_unguided_picture_counts_once_though_it_is_asked_for_every_text() -> None:
