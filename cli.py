@@ -34,7 +34,7 @@ MODEL_FLAGS: dict[str, dict[str, Any]] = {
     "clip_weights": {"type": float, "nargs": "+"},
     "noisy_clip": {"type": str},
 }
-SAMPLING_FLAGS = ("method", "skip_steps", "skip_type", "ddim_eta", "var_type")
+SAMPLING_FLAGS = ("method", "candidates", "skip_steps", "skip_type", "ddim_eta", "var_type")
 REQUEST_FLAGS: dict[str, dict[str, Any]] = {
     "text": {"type": str, "nargs": "+", "help": "sentences that the pictures should obey"},
     "guidance_weight": {"type": float, "nargs": "+", "help": "how hard they should: each text is drawn with each"},

@@ -2,25 +2,34 @@
 
     python benchmarks/methods.py
 
-judges what each method draws of the drawn faces (``benchmarks/faces_texts.txt``, 32 seeds, 50 steps), and as many
-unguided pictures, writes ``out/methods/table.md``, ``out/methods/figure.png`` and a report for each, and goes on where
-it was stopped.
+judges what each method draws of the drawn faces (``benchmarks/faces_texts.txt``, 32 seeds, 50 steps), as many unguided
+pictures, and as many unseen faces that the texts are true of, which no method can be told from. It writes
+``out/methods/table.md``, ``out/methods/figure.png`` and a report for each, and goes on where it was stopped.
 """
 
 import json
 import sys
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import auto_cli
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from callbacks.evaluation import curve, markdown  # noqa: E402
+from callbacks.judging import Judges, Reference, summarise  # noqa: E402
 from cli import main  # noqa: E402
+from datamodules.faces import ATTRIBUTES, Faces, FacesDataModule, attributes  # noqa: E402
+from diffusion.classifier import named  # noqa: E402
+from diffusion.weights import whole  # noqa: E402
+from lightning_modules.critics import Critics  # noqa: E402
 
 SHIPPED = ROOT / "checkpoints/faces64"
+JUDGES = [str(SHIPPED / "judge.safetensors"), str(SHIPPED / "judge_clip")]
+UNSEEN = 5000  # the seed of faces that no network has been trained on or compared with
 TEXTS = ROOT / "benchmarks/faces_texts.txt"
 # The first weights are the authors' or were chosen on other texts and seeds; the last, where there are several, are
 # the strong ones: four to eight times as large.
@@ -47,25 +56,28 @@ def compare(
 
     Args:
         save_dir: where everything goes.
-        only: methods to judge now, or ``unguided``; all by default, none with [].
+        only: methods to judge now, ``unguided`` or ``faces``; all by default, none with [].
         n_samples: seeds for each text.
         seed: the first.
         val_count: unseen faces to compare with.
         micro_batch: pictures sampled at once.
     """
-    unguided = n_samples * len(TEXTS.read_text().splitlines())
-    runs = {"unguided": ("evidence", [0], unguided)}
+    texts = TEXTS.read_text().splitlines()
+    runs = {"unguided": ("evidence", [0], n_samples * len(texts))}
     runs |= {name: (method, weights, n_samples) for name, (method, weights) in METHODS.items()}
     reports: dict[str, list[dict[str, Any]]] = {}
-    for name, (method, weights, count) in runs.items():
+    if not (save_dir / "faces/report.json").exists() and (only is None or "faces" in only):
+        faces(save_dir / "faces", texts, n_samples, val_count)
+    if (save_dir / "faces/report.json").exists():
+        reports["unseen faces"] = json.loads((save_dir / "faces/report.json").read_text())["table"]
+    for name, (method, weights, number) in runs.items():
         folder = method if name in METHODS else name
         report = save_dir / folder / "report.json"
         if not report.exists() and (only is None or folder in only):
             print(f"{name}: {method} at {weights}", flush=True)
             flags = ["--method", method, "--guidance_weight", *map(str, weights), "--save_dir", str(report.parent)]
-            flags += ["--judge", str(SHIPPED / "judge.safetensors"), str(SHIPPED / "judge_clip")]
-            flags += ["--prompts", str(TEXTS), "--data.val_count", str(val_count)]
-            flags += ["--n_samples", str(count), "--seed", str(seed), "--micro_batch", str(micro_batch)]
+            flags += ["--judge", *JUDGES, "--prompts", str(TEXTS), "--data.val_count", str(val_count)]
+            flags += ["--n_samples", str(number), "--seed", str(seed), "--micro_batch", str(micro_batch)]
             main(["test", "-c", str(ROOT / "configs/faces.yaml"), *flags])
         if report.exists():
             entries = json.loads(report.read_text())["table"]
@@ -74,6 +86,31 @@ def compare(
         (save_dir / "table.md").write_text(table(reports))
         curve(reports).savefig(save_dir / "figure.png", dpi=150)
         print(table(reports))
+
+
+def faces(save_dir: Path, texts: list[str], n_samples: int, val_count: int) -> None:
+    """Judge faces that were not made by any model, ``n_samples`` for each text that it is true of."""
+    judges, critics = Judges(JUDGES, texts), Critics([str(SHIPPED / "clip")])
+    data = FacesDataModule(val_count=val_count)
+    data.setup("validate")
+    unseen, images, requests = Faces(UNSEEN, 10**5), [], []
+    for text in texts:
+        wanted = {
+            name: ATTRIBUTES[name][list(judges.vocabulary[name]).index(value)]
+            for name, value in named(judges.vocabulary, text).items()
+        }
+        true = (index for index in count() if wanted.items() <= attributes(UNSEEN, index).items())
+        for seed, index in enumerate(islice(true, n_samples)):
+            images.append(unseen[index]["image"])
+            requests.append({"index": len(requests), "text": text, "seed": seed, "guidance_weight": 1, "valid": True})
+    batch = {name: [request[name] for request in requests] for name in requests[0]}
+    free = dict.fromkeys(("network_forwards", "network_backwards", "critic_passes", "seconds", "peak_bytes"), 0)
+    rows = judges.rows(batch, torch.stack(images), free, critics)
+    entries = summarise(rows, Reference(data.val_dataloader(), judges, torch.device("cpu")))
+    entries = [entry | {"guidance_weight": None} for entry in entries]
+    save_dir.mkdir(parents=True, exist_ok=True)
+    with whole(save_dir / "report.json") as aside:
+        aside.write_text(json.dumps({"table": entries}, indent=2))
 
 
 def table(reports: dict[str, list[dict[str, Any]]]) -> str:

@@ -87,20 +87,20 @@ class Evaluation(L.Callback):
 
 
 def curve(tables: dict[str, list[Row]]) -> Figure:
-    """Obedience against fidelity: a line over its weights for each method, and a star for unguided pictures."""
+    """Obedience against fidelity: a line over its weights for each method, and a star for what nothing guides."""
     drawn = Figure(figsize=(8, 5), layout="constrained")
     axes = drawn.add_subplot()
     for name, entries in tables.items():
-        entries = [entry for entry in entries if "fid" in entry]
-        guided = [entry for entry in entries if entry["guidance_weight"]]
+        points = [(entry["fid"], 100 * entry["obey"], entry["guidance_weight"]) for entry in entries if "fid" in entry]
+        guided = [point for point in points if point[2]]
         if guided:
-            axes.plot([entry["fid"] for entry in guided], [100 * entry["obey"] for entry in guided], "o-", label=name)
-        for entry in guided:
-            place = (entry["fid"], 100 * entry["obey"])
-            axes.annotate(f"{entry['guidance_weight']:g}", place, textcoords="offset points", xytext=(5, 4), fontsize=8)
-        for entry in entries:
-            if not entry["guidance_weight"]:
-                axes.plot(entry["fid"], 100 * entry["obey"], "k*", markersize=11, label="unguided")
+            axes.plot([fid for fid, _, _ in guided], [obey for _, obey, _ in guided], "o-", label=name)
+        for fid, obey, weight in guided:
+            axes.annotate(f"{weight:g}", (fid, obey), textcoords="offset points", xytext=(5, 4), fontsize=8)
+        for fid, obey, _ in (point for point in points if not point[2]):
+            axes.plot(
+                fid, obey, "*", color="black" if guided else None, markersize=11, label="unguided" if guided else name
+            )
     axes.set(xlabel="FID (lower is better)", ylabel="pictures that obey their whole text, %", ylim=(0, 104))
     axes.grid(alpha=0.3)
     axes.legend()
@@ -114,7 +114,7 @@ def _shown(value: float | None, form: str, error: float | None = None) -> str:
 
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
-    "weight": lambda entry: f"{entry['guidance_weight']:g}",
+    "weight": lambda entry: _shown(entry["guidance_weight"], "g"),
     "pictures": lambda entry: f"{entry['pictures']}",
     "obey": lambda entry: _shown(entry["obey"], ".1%", entry["obey_error"]),
     "other judges": lambda entry: ", ".join(f"{share:.1%}" for share in list(entry["judges"].values())[1:]),

@@ -223,6 +223,7 @@ class SamplingConfig:
         method: how the text guides.
         repeats: how often each step is walked, with the noise put back in between; the method's own by default.
         interval: the shares of T between which a text guides, such as 0.2 0.8; the method's own by default.
+        candidates: pictures to draw for each request, of which the one is kept that the CLIPs find nearest to its text.
         skip_steps: reverse steps to take.
         skip_type: how they are spread over the noise levels.
         ddim: take DDIM's steps in place of DDPM's.
@@ -237,6 +238,7 @@ class SamplingConfig:
     method: MethodName = "clip_guidance"
     repeats: int | None = None
     interval: tuple[float, float] | None = None
+    candidates: int = 1
     skip_steps: int = 50
     skip_type: SkipType = "uniform"
     ddim: bool = False
@@ -248,6 +250,8 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         if self.batch_multiple < 1:
             raise InputError(f"sampling.batch_multiple: {self.batch_multiple} given; 1 or more would do")
+        if self.candidates < 1:
+            raise InputError(f"sampling.candidates: {self.candidates} given; 1 or more would do")
         if self.repeats is not None and self.repeats < 1:
             raise InputError(f"sampling.repeats: {self.repeats} given; 1 or more would do")
         if self.interval is not None and not 0 <= self.interval[0] < self.interval[1] <= 1:

@@ -36,7 +36,7 @@ class Noise:
         device: where it is drawn; another kind of device draws other numbers.
     """
 
-    def __init__(self, seeds: Sequence[int], shape: Sequence[int], device: torch.device | str = "cpu") -> None:
+    def __init__(self, seeds: Sequence[int | str], shape: Sequence[int], device: torch.device | str = "cpu") -> None:
         self.seeds, self.shape, self.device = tuple(seeds), tuple(shape), torch.device(device)
         self._generator = torch.Generator(self.device)
 
@@ -44,7 +44,7 @@ class Noise:
         """(B, C, H, W): draw ``k``, where 0 is x_T and step i of the walk uses i + 1; a critic names its own."""
         return torch.stack([self._one(seed, k) for seed in self.seeds])
 
-    def _one(self, seed: int, k: int | str) -> Tensor:
+    def _one(self, seed: int | str, k: int | str) -> Tensor:
         self._generator.manual_seed(seed_of(seed, k))
         return torch.randn(self.shape, generator=self._generator, device=self.device, dtype=torch.float32)
 

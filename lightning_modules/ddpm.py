@@ -202,15 +202,38 @@ class DDPMModule(Reproducible):
         halved = halved and not self.sharded  # all parts would have to be computed again together
         return GuidedDenoiser(denoise, guidances, self._in_float32 if halved else None)
 
-    @torch.enable_grad()
     def draw(
         self, text: Sequence[str], seed: Sequence[int], guidance_weight: Sequence[float], progress: bool = False
     ) -> tuple[Tensor, list[int]]:
         """Walk from noise to pictures, one for each text, seed and weight of three lists, by the averaged weights.
 
+        With ``sampling.candidates`` it is walked so often, from other noise each time, and of each the picture is kept
+        that the CLIPs find nearest to its text.
+
         Returns:
             (B, C, H, W) in [-1, 1], and for each the steps that half precision was too little for.
         """
+        image, retries = self.walk(text, seed, guidance_weight, progress)
+        if self.sampling.candidates > 1 and self._anywhere(any(text)):
+            if not self.critics.names:
+                raise InputError("clip: none given, by which sampling.candidates would be compared; a name would do")
+            found = self.clip_similarity(image, text)
+            for number in range(1, self.sampling.candidates):
+                others, more = self.walk(text, [f"{each}/{number}" for each in seed], guidance_weight, progress)
+                for i, similarity in enumerate(self.clip_similarity(others, text)):
+                    if text[i] and similarity > found[i]:
+                        image[i], retries[i], found[i] = others[i], more[i], similarity
+        return image, retries
+
+    @torch.enable_grad()
+    def walk(
+        self,
+        text: Sequence[str],
+        seed: Sequence[int | str],
+        guidance_weight: Sequence[float],
+        progress: bool = False,
+    ) -> tuple[Tensor, list[int]]:
+        """:meth:`draw` once."""
         count, training, dtype = len(seed), self.unet.training, torch.get_default_dtype()
         fill = -count % self.sampling.batch_multiple
         text, seed, guidance_weight = ([*values, *[values[-1]] * fill] for values in (text, seed, guidance_weight))
@@ -275,7 +298,7 @@ class DDPMModule(Reproducible):
         finally:
             self.unet.to(dtype)
 
-    def noise(self, seed: Sequence[int]) -> Noise:
+    def noise(self, seed: Sequence[int | str]) -> Noise:
         size = self.architecture.image_size
         return Noise(seed, (self.architecture.unet.image_channels, size, size), self.device)
 
@@ -356,6 +379,7 @@ class DDPMModule(Reproducible):
                 "method": config.method,
                 "steps": config.skip_steps,
                 "repeats": self.repeats,
+                "candidates": config.candidates,
                 "interval": list(self.sampling.interval or self.method.interval),
                 "skip_type": config.skip_type,
                 "sampler": f"ddim(eta={config.ddim_eta:g})" if config.ddim else "ddpm",

@@ -26,10 +26,11 @@ def test_a_method_is_judged_into_a_table_and_a_figure(
 ) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setitem(METHODS, "evidence (default)", ("evidence", [20]))
-    compare(tmp_path, only=["evidence", "unguided"], n_samples=1, val_count=300)
+    compare(tmp_path, only=["evidence", "unguided", "faces"], n_samples=1, val_count=300)
     table = (tmp_path / "table.md").read_text()
     assert table in capsys.readouterr().out
     assert "| unguided | 0 | 12 | " in table
+    assert "| unseen faces |  | 12 | 100.0% | 100.0% | " in table
     assert "| evidence (default) | 20 | 12 | " in table
     assert (tmp_path / "figure.png").stat().st_size > 1000
     before = (tmp_path / "evidence/report.json").stat().st_mtime_ns

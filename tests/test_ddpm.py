@@ -288,6 +288,31 @@ def test_guidance_raises_the_similarity(tmp_path: Path, tiny_weights: Path, tiny
     assert (similarity[1::2] > similarity[0::2]).all()
 
 
+def test_of_the_candidates_the_nearest_to_the_text_is_kept(tmp_path: Path, tiny_weights: Path, tiny_clip: Path) -> None:
+    data = PromptDataModule(text=["a man", "a woman"], guidance_weight=[50], n_samples=3)
+
+    def drawn(count: int) -> dict:
+        sampling = SamplingConfig(skip_steps=3, candidates=count)
+        module = tiny_module(weights=str(tiny_weights), clip=str(tiny_clip), sampling=sampling)
+        return tiny_trainer(tmp_path).predict(module, data)[0] | {"module": module}
+
+    one, three = drawn(1), drawn(3)
+    requests = list(data.requests)
+    text, weight = [request.text for request in requests], [request.guidance_weight for request in requests]
+    walks = [one["image"]]
+    for number in (1, 2):
+        seed = [f"{request.seed}/{number}" for request in requests]
+        walks.append(three["module"].walk(text, seed, weight)[0])
+    similarity = [three["module"].clip_similarity(images, text) for images in walks]
+    chosen = [0 if not text[i] else max(range(3), key=lambda c, i=i: similarity[c][i]) for i in range(len(text))]
+    assert len(set(chosen)) > 1
+    torch.testing.assert_close(three["image"], torch.stack([walks[c][i] for i, c in enumerate(chosen)]))
+    assert three["provenance"]["candidates"] == 3
+    without = tiny_module(weights=str(tiny_weights), noisy_clip=str(tiny_clip), sampling=SamplingConfig(candidates=2))
+    with pytest.raises(InputError, match="clip: none given"):
+        tiny_trainer(tmp_path).predict(without, PromptDataModule(text=["a man"], guidance_weight=[0], unguided=False))
+
+
 @pytest.mark.parametrize("ddim", [False, True])
 @pytest.mark.parametrize("method", ["clip_guidance", "score_guidance"])
 def test_a_picture_does_not_depend_on_its_batch(
