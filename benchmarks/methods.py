@@ -24,6 +24,7 @@ from callbacks.judging import Judges, Reference, summarise  # noqa: E402
 from cli import main  # noqa: E402
 from datamodules.faces import ATTRIBUTES, Faces, FacesDataModule, attributes  # noqa: E402
 from diffusion.classifier import named  # noqa: E402
+from diffusion.methods import METHODS as PACKAGE  # noqa: E402
 from diffusion.weights import whole  # noqa: E402
 from lightning_modules.critics import Critics  # noqa: E402
 
@@ -47,6 +48,7 @@ METHODS: dict[str, tuple[str, list[float]]] = {
 def compare(
     save_dir: Path = Path("out/methods"),
     only: list[str] | None = None,
+    texts: Path = TEXTS,
     n_samples: int = 32,
     seed: int = 1000,
     val_count: int = 6000,
@@ -56,32 +58,36 @@ def compare(
 
     Args:
         save_dir: where everything goes.
-        only: methods to judge now, ``unguided`` or ``faces``; all by default, none with [].
+        only: methods to judge now, ``unguided`` or ``faces``; all of the table by default, none with []. Other methods
+            of the package may be named, and are judged at their own weights.
+        texts: a text a line.
         n_samples: seeds for each text.
         seed: the first.
         val_count: unseen faces to compare with.
         micro_batch: pictures sampled at once.
     """
-    texts = TEXTS.read_text().splitlines()
-    runs = {"unguided": ("evidence", [0], n_samples * len(texts))}
+    sentences = texts.read_text().splitlines()
+    runs = {"unguided": ("evidence", [0], n_samples * len(sentences))}
     runs |= {name: (method, weights, n_samples) for name, (method, weights) in METHODS.items()}
+    known = {"unguided", "faces"} | {method for method, _ in METHODS.values()}
+    runs |= {name: (name, [PACKAGE[name].weight], n_samples) for name in only or [] if name not in known}
     reports: dict[str, list[dict[str, Any]]] = {}
     if not (save_dir / "faces/report.json").exists() and (only is None or "faces" in only):
-        faces(save_dir / "faces", texts, n_samples, val_count)
+        faces(save_dir / "faces", sentences, n_samples, val_count)
     if (save_dir / "faces/report.json").exists():
         reports["unseen faces"] = json.loads((save_dir / "faces/report.json").read_text())["table"]
     for name, (method, weights, number) in runs.items():
-        folder = method if name in METHODS else name
+        folder = name if name == "unguided" else method
         report = save_dir / folder / "report.json"
         if not report.exists() and (only is None or folder in only):
             print(f"{name}: {method} at {weights}", flush=True)
             flags = ["--method", method, "--guidance_weight", *map(str, weights), "--save_dir", str(report.parent)]
-            flags += ["--judge", *JUDGES, "--prompts", str(TEXTS), "--data.val_count", str(val_count)]
+            flags += ["--judge", *JUDGES, "--prompts", str(texts), "--data.val_count", str(val_count)]
             flags += ["--n_samples", str(number), "--seed", str(seed), "--micro_batch", str(micro_batch)]
             main(["test", "-c", str(ROOT / "configs/faces.yaml"), *flags])
         if report.exists():
             entries = json.loads(report.read_text())["table"]
-            reports[name] = [entry for entry in entries if bool(entry["guidance_weight"]) == (name in METHODS)]
+            reports[name] = [entry for entry in entries if bool(entry["guidance_weight"]) == any(weights)]
     if reports:
         (save_dir / "table.md").write_text(table(reports))
         curve(reports).savefig(save_dir / "figure.png", dpi=150)

@@ -29,7 +29,7 @@ def _at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-FRAGMENTS = {"figure", "ddp", "fsdp", "slurm"}  # which are added to others
+FRAGMENTS = {"faces_bank", "figure", "ddp", "fsdp", "slurm"}  # which are added to others
 FITTED = sorted({path.stem for path in (ROOT / "configs").glob("*.yaml")} - FRAGMENTS)
 
 
