@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 from callbacks.evaluation import curve, markdown  # noqa: E402
 from callbacks.judging import Judges, Reference, summarise  # noqa: E402
 from cli import main  # noqa: E402
-from datamodules.faces import ATTRIBUTES, Faces, FacesDataModule, attributes  # noqa: E402
+from datamodules.faces import Faces, FacesDataModule, attributes  # noqa: E402
 from diffusion.classifier import named  # noqa: E402
 from diffusion.methods import METHODS as PACKAGE  # noqa: E402
 from diffusion.weights import whole  # noqa: E402
@@ -101,11 +101,8 @@ def faces(save_dir: Path, texts: list[str], n_samples: int, val_count: int) -> N
     data.setup("validate")
     unseen, images, requests = Faces(UNSEEN, 10**5), [], []
     for text in texts:
-        wanted = {
-            name: ATTRIBUTES[name][list(judges.vocabulary[name]).index(value)]
-            for name, value in named(judges.vocabulary, text).items()
-        }
-        true = (index for index in count() if wanted.items() <= attributes(UNSEEN, index).items())
+        wanted = named(judges.vocabulary, text).items()  # the judge has the faces' own names
+        true = (index for index in count() if wanted <= attributes(UNSEEN, index).items())
         for seed, index in enumerate(islice(true, n_samples)):
             images.append(unseen[index]["image"])
             requests.append({"index": len(requests), "text": text, "seed": seed, "guidance_weight": 1, "valid": True})

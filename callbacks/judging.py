@@ -65,14 +65,19 @@ class Judges:
         """The first judge's."""
         return next(iter(self.judges.values())).vocabulary
 
+    def to(self, device: torch.device) -> None:
+        for network in (*self.judges.values(), self.clip, self._inception):
+            if isinstance(network, nn.Module | Clip):
+                network.to(device)
+
     def features(self, image: Tensor) -> Tensor:
         """(B, C, H, W) in [-1, 1] -> (B, features), by which sets of pictures are compared."""
         if self._inception is not None:
-            return self._inception.to(image.device)(image)
+            return self._inception(image)
         for judge in self.judges.values():
             if isinstance(judge, Classifier):
-                return judge.to(image.device).features(image)
-        features = self.clip.to(image.device).encode_image(image)
+                return judge.features(image)
+        features = self.clip.encode_image(image)
         return features * features.shape[1] ** 0.5  # about 1 each, as KID's kernel takes them to be
 
     @torch.no_grad()
@@ -89,13 +94,11 @@ class Judges:
             critics: what guided, whose opinion is asked too.
         """
         image = image.float()
-        for judge in self.judges.values():
-            if isinstance(judge, nn.Module):
-                judge.to(image.device)
+        self.to(image.device)
         saw = {path: seen(judge, image) for path, judge in self.judges.items()}
         features = self.features(image).cpu()
         guiding = critics.cosines(image, self.texts) if critics.names else None
-        clip = None if self.clip is None else self.clip.to(image.device)
+        clip = self.clip
         held_out = None if clip is None else clip.encode_image(image) @ clip.encode_text(self.texts).T
         rows = []
         for i in (i for i, valid in enumerate(requests["valid"]) if valid):
@@ -202,6 +205,7 @@ class Reference:
     """
 
     def __init__(self, batches: Iterable[dict[str, Any]], judges: Judges, device: torch.device) -> None:
+        judges.to(device)
         features, labels = [], []
         with torch.no_grad():
             for batch in batches:

@@ -101,8 +101,7 @@ class Critics:
         """(B, T): the cosine of each picture and each text, averaged over the CLIPs."""
         clips = [clip.to(image.device) for clip in self.clips]
         found = [clip.encode_image(image) @ clip.encode_text(text).T for clip in clips]
-        shares = [weight / sum(self.weights) for weight in self.weights]
-        return sum(share * cosines for share, cosines in zip(shares, found, strict=True))
+        return sum(weight * each for weight, each in zip(self.weights, found, strict=True)) / sum(self.weights)
 
     def critic(self, kind: Kind, text: Sequence[str], noise: Named, device: torch.device) -> Critic:
         """What a method asks whether a picture obeys."""
