@@ -3,12 +3,14 @@
     python benchmarks/methods.py
 
 judges what each method draws of the drawn faces (``benchmarks/faces_texts.txt``, 32 seeds, 50 steps), as many unguided
-pictures, and as many unseen faces that the texts are true of, which no method can be told from. It writes
+pictures, as many unseen faces that the texts are true of, which no method can be told from, and as many unguided
+pictures as happen to obey among four times the number, which no guidance can be told from. It writes
 ``out/methods/table.md``, ``out/methods/figure.png`` and a report for each, and goes on where it was stopped.
 """
 
 import json
 import sys
+from collections import defaultdict
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from callbacks.evaluation import curve, markdown  # noqa: E402
-from callbacks.judging import Judges, Reference, summarise  # noqa: E402
+from callbacks.judging import Judges, Reference, Row, load_rows, summarise  # noqa: E402
 from cli import main  # noqa: E402
 from datamodules.faces import Faces, FacesDataModule, attributes  # noqa: E402
 from diffusion.classifier import named  # noqa: E402
@@ -30,6 +32,7 @@ from lightning_modules.critics import Critics  # noqa: E402
 
 SHIPPED = ROOT / "checkpoints/faces64"
 JUDGES = [str(SHIPPED / "judge.safetensors"), str(SHIPPED / "judge_clip")]
+POOL = 4  # unguided pictures that are drawn for each that the table has, to find some that obey
 UNSEEN = 5000  # the seed of faces that no network has been trained on or compared with
 TEXTS = ROOT / "benchmarks/faces_texts.txt"
 # The first weights are the authors' or were chosen on other texts and seeds; the last, where there are several, are
@@ -58,8 +61,8 @@ def compare(
 
     Args:
         save_dir: where everything goes.
-        only: methods to judge now, ``unguided`` or ``faces``; all of the table by default, none with []. Other methods
-            of the package may be named, and are judged at their own weights.
+        only: methods to judge now, ``unguided``, ``faces`` or ``chosen``; all of the table by default, none with [].
+            Other methods of the package may be named, and are judged at their own weights.
         texts: a text a line.
         n_samples: seeds for each text.
         seed: the first.
@@ -69,22 +72,34 @@ def compare(
     sentences = texts.read_text().splitlines()
     runs = {"unguided": ("evidence", [0], n_samples * len(sentences))}
     runs |= {name: (method, weights, n_samples) for name, (method, weights) in METHODS.items()}
-    known = {"unguided", "faces"} | {method for method, _ in METHODS.values()}
+    known = {"unguided", "faces", "chosen"} | {method for method, _ in METHODS.values()}
     runs |= {name: (name, [PACKAGE[name].weight], n_samples) for name in only or [] if name not in known}
     reports: dict[str, list[dict[str, Any]]] = {}
-    if not (save_dir / "faces/report.json").exists() and (only is None or "faces" in only):
-        faces(save_dir / "faces", sentences, n_samples, val_count)
-    if (save_dir / "faces/report.json").exists():
-        reports["unseen faces"] = json.loads((save_dir / "faces/report.json").read_text())["table"]
+
+    def judge(method: str, weights: list[float], number: int, report: Path) -> None:
+        print(f"{method} at {weights}, {number} seeds", flush=True)
+        flags = ["--method", method, "--guidance_weight", *map(str, weights), "--save_dir", str(report.parent)]
+        flags += ["--judge", *JUDGES, "--prompts", str(texts), "--data.val_count", str(val_count)]
+        flags += ["--n_samples", str(number), "--seed", str(seed), "--micro_batch", str(micro_batch)]
+        main(["test", "-c", str(ROOT / "configs/faces.yaml"), *flags])
+
+    pool = save_dir / "chosen/pool/report.json"
+    if (only is None or "chosen" in only) and not pool.exists():
+        judge("evidence", [0], POOL * n_samples * len(sentences), pool)
+    for name, folder, rows in (
+        ("unseen faces", "faces", lambda: faces(sentences, n_samples)),
+        ("unguided that obey", "chosen", lambda: chosen(pool.with_name("pictures.parquet"), sentences, n_samples)),
+    ):
+        report = save_dir / folder / "report.json"
+        if (only is None or folder in only) and not report.exists():
+            score(report, rows(), sentences, val_count)
+        if report.exists():
+            reports[name] = json.loads(report.read_text())["table"]
     for name, (method, weights, number) in runs.items():
         folder = name if name == "unguided" else method
         report = save_dir / folder / "report.json"
         if not report.exists() and (only is None or folder in only):
-            print(f"{name}: {method} at {weights}", flush=True)
-            flags = ["--method", method, "--guidance_weight", *map(str, weights), "--save_dir", str(report.parent)]
-            flags += ["--judge", *JUDGES, "--prompts", str(texts), "--data.val_count", str(val_count)]
-            flags += ["--n_samples", str(number), "--seed", str(seed), "--micro_batch", str(micro_batch)]
-            main(["test", "-c", str(ROOT / "configs/faces.yaml"), *flags])
+            judge(method, weights, number, report)
         if report.exists():
             entries = json.loads(report.read_text())["table"]
             reports[name] = [entry for entry in entries if bool(entry["guidance_weight"]) == any(weights)]
@@ -94,11 +109,9 @@ def compare(
         print(table(reports))
 
 
-def faces(save_dir: Path, texts: list[str], n_samples: int, val_count: int) -> None:
-    """Judge faces that were not made by any model, ``n_samples`` for each text that it is true of."""
+def faces(texts: list[str], n_samples: int) -> list[Row]:
+    """What is said of faces that no model made, ``n_samples`` for each text that they are true of."""
     judges, critics = Judges(JUDGES, texts), Critics([str(SHIPPED / "clip")])
-    data = FacesDataModule(val_count=val_count)
-    data.setup("validate")
     unseen, images, requests = Faces(UNSEEN, 10**5), [], []
     for text in texts:
         wanted = named(judges.vocabulary, text).items()  # the judge has the faces' own names
@@ -108,11 +121,37 @@ def faces(save_dir: Path, texts: list[str], n_samples: int, val_count: int) -> N
             requests.append({"index": len(requests), "text": text, "seed": seed, "guidance_weight": 1, "valid": True})
     batch = {name: [request[name] for request in requests] for name in requests[0]}
     free = dict.fromkeys(("network_forwards", "network_backwards", "critic_passes", "seconds", "peak_bytes"), 0)
-    rows = judges.rows(batch, torch.stack(images), free, critics)
-    entries = summarise(rows, Reference(data.val_dataloader(), judges, torch.device("cpu")))
-    entries = [entry | {"guidance_weight": None} for entry in entries]
-    save_dir.mkdir(parents=True, exist_ok=True)
-    with whole(save_dir / "report.json") as aside:
+    return judges.rows(batch, torch.stack(images), free, critics)
+
+
+def chosen(pool: Path, texts: list[str], n_samples: int) -> list[Row]:
+    """What was said of the unguided pictures that happen to obey: ``n_samples`` for each text, or all there are.
+
+    Each costs what was drawn for it, those that do not obey too.
+    """
+    asked, used, found = defaultdict(list), set(), []
+    for row in load_rows(pool):
+        asked[row["text"]].append(row)
+    obey = {text: [row for row in asked[text] if all(next(iter(row["seen"].values())).values())] for text in texts}
+    for text in sorted(texts, key=lambda text: len(obey[text])):  # a picture is of the rarest text that it obeys
+        share = len(asked[text]) / max(1, len(obey[text]))
+        picked = [row for row in obey[text] if row["index"] not in used][:n_samples]
+        used |= {row["index"] for row in picked}
+        found += [
+            row | {"cost": {k: v * (1 if k == "peak_bytes" else share) for k, v in row["cost"].items()}}
+            for row in picked
+        ]
+    return [row | {"guidance_weight": 1} for row in found]
+
+
+def score(report: Path, rows: list[Row], texts: list[str], val_count: int) -> None:
+    """Write a report of rows that nothing guides."""
+    data = FacesDataModule(val_count=val_count)
+    data.setup("validate")
+    reference = Reference(data.val_dataloader(), Judges(JUDGES, texts), torch.device("cpu"))
+    entries = [entry | {"guidance_weight": None} for entry in summarise(rows, reference)]
+    report.parent.mkdir(parents=True, exist_ok=True)
+    with whole(report) as aside:
         aside.write_text(json.dumps({"table": entries}, indent=2))
 
 

@@ -10,13 +10,15 @@ import torch
 from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
-from callbacks.judging import Cost, Judges, Reference, Row, summarise
+from callbacks.judging import Cost, Judges, Reference, Row, save_rows, summarise
 from diffusion.weights import whole
 from errors import InputError
 
 
 class Evaluation(L.Callback):
     """Judges pictures, prints a table, and writes ``report.json`` and the curve over the weights, for TensorBoard too.
+
+    ``pictures.parquet`` has what was said of each picture, and its features, from which all of it can be told anew.
 
     Args:
         judges: who looks at the pictures.
@@ -76,6 +78,7 @@ class Evaluation(L.Callback):
             for entry in summarise([row for row in rows if row["text"] == text])
         ]
         report = {"provenance": self.provenance, "table": table, "texts": texts}
+        save_rows(self.report.with_name("pictures.parquet"), rows)
         with whole(self.report) as aside:
             aside.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
         if "fid" in table[-1]:

@@ -2,7 +2,7 @@
 
 import resource
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from diffusion.classifier import Classifier, Vocabulary, check_named, named
 from diffusion.clip import Clip
 from diffusion.judge import ClipJudge, load_judge, obeys, seen
+from diffusion.weights import whole
 from errors import InputError, first_line
 
 Row = dict[str, Any]
@@ -120,6 +121,26 @@ class Judges:
         return rows
 
 
+def save_rows(path: Path, rows: list[Row]) -> None:
+    """Write what was said of each picture as parquet, whole or not at all."""
+    from datasets import Dataset
+
+    with whole(path) as aside:
+        Dataset.from_list([{**row, "features": row["features"].tolist()} for row in rows]).to_parquet(aside)
+
+
+def load_rows(path: Path) -> list[Row]:
+    """Read what :func:`save_rows` wrote."""
+    from datasets import load_dataset
+
+    rows = list(load_dataset("parquet", data_files=str(path), split="train", streaming=True))
+    for row in rows:
+        row["features"] = torch.tensor(row["features"])
+        # the file has every attribute in every row, and None where the text doesn't name it
+        row["seen"] = {judge: {n: v for n, v in saw.items() if v is not None} for judge, saw in row["seen"].items()}
+    return rows
+
+
 def peak_bytes(device: torch.device) -> int:
     """The most memory: on a GPU since its statistics were reset, on a CPU of the process so far."""
     if device.type == "cuda":
@@ -215,20 +236,24 @@ class Reference:
         self.labels = None if labels[0] is None else torch.cat(labels)  # (N, attributes)
 
     def of(self, texts: list[str]) -> Tensor:
-        """(M, C): as many pictures for each text as there are of the rarest; all pictures where there are no labels."""
+        """(M, C): pictures that the texts are true of, as many as there are in the shares that the texts have.
+
+        All pictures, where there are no labels or a text is true of fewer than two.
+        """
         if self.labels is None:
             return self.features
-        found = []
+        found = {}
         for text in dict.fromkeys(texts):
             true = torch.ones(len(self.labels), dtype=torch.bool)
             for name, value in named(self.vocabulary, text).items():
                 column = list(self.vocabulary).index(name)
                 true &= self.labels[:, column] == list(self.vocabulary[name]).index(value)
-            found.append(self.features[true])
-        share = min(len(each) for each in found)
-        if share < 2:
+            found[text] = self.features[true]
+        if min(map(len, found.values())) < 2:
             return self.features
-        return torch.cat([each[:share] for each in found])
+        asked = Counter(texts)
+        times = min(len(found[text]) / asked[text] for text in found)
+        return torch.cat([found[text][: round(times * asked[text])] for text in found])
 
 
 class _Features(nn.Module):

@@ -2,8 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.methods import METHODS, compare
+from benchmarks.methods import METHODS, chosen, compare
 from benchmarks.scaling import FIT, PREDICT, measured
+from callbacks.judging import load_rows
 from datamodules.faces import caption
 from diffusion import methods
 
@@ -26,12 +27,24 @@ def test_a_method_is_judged_into_a_table_and_a_figure(
 ) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setitem(METHODS, "evidence (default)", ("evidence", [20]))
-    compare(tmp_path, only=["evidence", "unguided", "faces"], n_samples=1, val_count=300)
+    monkeypatch.setattr("benchmarks.methods.POOL", 1)
+    compare(tmp_path, only=["evidence", "unguided", "faces", "chosen"], n_samples=1, val_count=300)
     table = (tmp_path / "table.md").read_text()
     assert table in capsys.readouterr().out
     assert "| unguided | 0 | 12 | " in table
     assert "| unseen faces |  | 12 | 100.0% | 100.0% | " in table
     assert "| evidence (default) | 20 | 12 | " in table
+    rows = load_rows(tmp_path / "chosen/pool/pictures.parquet")
+    obeyed = chosen(
+        tmp_path / "chosen/pool/pictures.parquet", (ROOT / "benchmarks/faces_texts.txt").read_text().splitlines(), 1
+    )
+    assert len({each["index"] for each in obeyed}) == len({each["text"] for each in obeyed}) == len(obeyed) > 1
+    assert all(all(next(iter(each["seen"].values())).values()) for each in obeyed)
+    assert f"| unguided that obey |  | {len(obeyed)} | 100.0%" in table
+    men = [row for row in rows if row["text"] == "a man"]
+    share = len(men) / sum(next(iter(row["seen"].values()))["gender"] for row in men)
+    forwards = {each["text"]: each["cost"]["network_forwards"] for each in obeyed}
+    assert forwards["a man"] == pytest.approx(50 * share)
     assert (tmp_path / "figure.png").stat().st_size > 1000
     before = (tmp_path / "evidence/report.json").stat().st_mtime_ns
     compare(tmp_path, only=["evidence"])  # what is there is not judged again

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from callbacks.evaluation import markdown
-from callbacks.judging import Judges, Reference, frechet, jackknife, kernel, summarise
+from callbacks.judging import Judges, Reference, frechet, jackknife, kernel, load_rows, save_rows, summarise
 from datamodules.faces import FacesDataModule
 from diffusion.classifier import Classifier, save_classifier
 from diffusion.clip import Clip
@@ -77,6 +77,16 @@ def test_an_unguided_picture_counts_once_though_it_is_asked_for_every_text() -> 
     assert (once["pictures"], both["pictures"]) == (2, 2)
     assert once["fid"] == both["fid"]
     assert (once["single"], both["single"]) == (0.25, pytest.approx(1 / 6))
+
+
+def test_what_was_said_is_read_as_it_was_written(tmp_path: Path) -> None:
+    rows = [*ROWS, {**ROWS[0], "seen": {"judge": {"hair": True}, "other": {}}, "clip_similarity": None}]
+    save_rows(tmp_path / "pictures.parquet", rows)
+    found = load_rows(tmp_path / "pictures.parquet")
+    for one, other in zip(rows, found, strict=True):
+        torch.testing.assert_close(other.pop("features"), one["features"])
+        assert other == {name: value for name, value in one.items() if name != "features"}
+    assert [path.name for path in tmp_path.iterdir()] == ["pictures.parquet"]
 
 
 class All(Reference):
@@ -211,6 +221,9 @@ def test_guided_pictures_are_compared_with_those_that_their_texts_are_true_of(tm
     with torch.no_grad():
         expected = judges.features(torch.stack(picked))
     torch.testing.assert_close(reference.of(list(true)), expected, atol=1e-5, rtol=1e-5)
+    thrice = reference.of(["a man"] * 3 * share + ["an old woman with red hair"] * share)
+    assert len(thrice) == round(4 * min(len(matches["a man"]) / 3, share))
+    torch.testing.assert_close(thrice[-share:], expected[-share:], atol=1e-5, rtol=1e-5)
     assert len(reference.features) == 200
     reference.labels = None
     assert len(reference.of(list(true))) == 200
@@ -229,6 +242,8 @@ def test_two_processes_judge_what_one_does(tmp_path: Path) -> None:
         ran = subprocess.run(command, cwd=root, capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr[-2000:]
         reports.append(json.loads((out / "report.json").read_text())["table"])
+        anew = summarise(load_rows(out / "pictures.parquet"))
+        assert [each["obey"] for each in anew] == [each["obey"] for each in reports[-1]]
     for one, two in zip(*reports, strict=True):
         assert one["pictures"] == two["pictures"] == (6 if one["guidance_weight"] else 3)
         assert (one["obey"], one["attributes"]) == (two["obey"], two["attributes"])
