@@ -1,8 +1,10 @@
 """What a picture is scored by. A loss is raised by guidance: higher is better."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from diffusion.guidance import Loss
 from diffusion.schedule import Step
 
 Named = Callable[[str], Tensor]
+
+NONE = -1e4  # a logit that no exponential knows from −∞, and whose gradient is a number
 
 
 class ClipSimilarity:
@@ -205,30 +209,69 @@ class Range:
         return -((image - image.clamp(-1, 1)) ** 2).mean(dim=(1, 2, 3))
 
 
-class ClipAnswer:
-    """log p(text | image) among the texts of a bank, with CLIP's own logit scale: CLIP as a classifier.
+def opposed(text: str, phrases: Sequence[str]) -> list[str]:
+    """What a text says with one of ``phrases`` exchanged for each of the others; nothing where it has none of them.
 
-    Where a picture obeys already, the gradient vanishes; a bare cosine always asks for more.
+    Of several it is the longest: in "a man with no glasses" the "no glasses", and not the "glasses".
+    """
+    for phrase in sorted(phrases, key=len, reverse=True):
+        pattern = re.compile(rf"\b(?:(a)n? )?{re.escape(phrase)}\b", re.IGNORECASE)
+        if pattern.search(text):
+            others = [other for other in phrases if other.lower() != phrase.lower()]
+            return [pattern.sub(partial(_exchanged, other), text) for other in others]
+    return []
+
+
+def _exchanged(other: str, match: re.Match) -> str:
+    if match[1] is None:
+        return other
+    return f"{match[1]}{'n' if other[0].lower() in 'aeiou' else ''} {other}"
+
+
+class ClipAnswer:
+    """Σ log p(text | image) among the text and its rivals of a kind, over the kinds, with CLIP's own logit scale.
+
+    CLIP as a classifier of what could be said instead: an old man is told from a young man, from an old woman, and from
+    just any person. The gradient fades where a picture shows it; a bare cosine always asks for more.
 
     Args:
         clip: the critic.
-        texts: one per image of the batch.
-        bank: what else the picture could show; a text that is its own rival is left out.
+        texts: one per image of the batch. One that has no rivals is scored by its own logit.
+        opposites: groups of phrases that exclude each other; a text's rivals of a kind are by :func:`opposed`.
+        neutral: what is true of any picture, a rival of its own kind.
         noisy: as in :class:`ClipSimilarity`.
     """
 
-    def __init__(self, clip: Clip, texts: Sequence[str], bank: Sequence[str], noisy: bool = False) -> None:
-        self.clip, self.text_features, self.noisy = clip, clip.encode_text(texts), noisy  # (B, D)
-        self.bank = clip.encode_text(bank)  # (N, D)
-        rivals = torch.tensor([[text != other for other in bank] for text in texts], device=self.bank.device)
-        self.mask = torch.zeros(rivals.shape, device=self.bank.device).masked_fill(~rivals, -torch.inf)
+    def __init__(
+        self,
+        clip: Clip,
+        texts: Sequence[str],
+        opposites: Sequence[Sequence[str]],
+        neutral: str | None = None,
+        noisy: bool = False,
+    ) -> None:
+        self.clip, self.noisy = clip, noisy
+        self.own = clip.encode_text(texts)  # (B, D)
+        # the same shape whatever the texts, so that no picture depends on its neighbours
+        kinds, most = len(opposites) + 1, max([1, *(len(group) - 1 for group in opposites)])
+        self.rivals = self.own.new_zeros(len(texts), kinds, most, self.own.shape[-1])  # (B, K, R, D)
+        self.mask = self.own.new_full((len(texts), kinds, most), NONE)
+        for i, text in enumerate(texts):
+            found = [*(opposed(text, group) for group in opposites), [neutral] * (neutral not in (None, text))]
+            for kind, others in enumerate(found):
+                if others:
+                    self.rivals[i, kind, : len(others)] = clip.encode_text(others)
+                    self.mask[i, kind, : len(others)] = 0
+        self.alone = (self.mask == NONE).flatten(1).all(dim=1)
 
     def __call__(self, image: Tensor, step: Step) -> Tensor:
-        scale = self.clip.model.logit_scale.exp()
         features = self.clip.encode_image(image, step.alpha_bar_t if self.noisy else 1.0)
-        own = scale * (features * self.text_features).sum(dim=-1, keepdim=True)
-        others = scale * features @ self.bank.T + self.mask
-        return torch.cat([own, others], dim=1).log_softmax(dim=1)[:, 0]
+        features = self.clip.model.logit_scale.exp() * features
+        own = (features * self.own).sum(dim=-1)  # (B,)
+        ahead = (self.rivals @ features[:, None, :, None]).squeeze(-1) - own[:, None, None]  # (B, K, R)
+        # not by log_softmax, whose gradient is rounded to 0 where a picture is 16 logits from its rivals
+        answer = -F.softplus((ahead + self.mask).logsumexp(dim=2)).sum(dim=1)
+        return torch.where(self.alone, own, answer)
 
 
 class ClassifierAnswer:

@@ -49,6 +49,7 @@ class Method:
         weight: what the authors use, or what a person may begin with.
         repeats: how often each step is walked, with the noise put back in between (recurrence, time travel).
         critic: what kind of critic it asks.
+        contrast: whether the evidence for a text is what tells it from its opposites, where any are known.
         interval: the shares of T between which it guides.
     """
 
@@ -57,6 +58,7 @@ class Method:
     weight: float
     repeats: int = 1
     critic: Kind = "clip"
+    contrast: bool = False
     interval: tuple[float, float] = (0.0, 1.0)
 
 
@@ -97,13 +99,13 @@ def glide(critic: Critic, weight: Tensor) -> list[Guidance]:
     return [GradientGuidance(critic.evidence, weight, grad_noisy, shift_mean)]
 
 
-@method("evidence", 20, critic="noisy clip")
+@method("evidence", 40, critic="noisy clip", contrast=True)
 def evidence(critic: Critic, weight: Tensor) -> list[Guidance]:
     """μ + s·σ_t²·∇_{x_t} log p(y | x_t) with a noise-aware CLIP, over four views, up to a twentieth of the noise.
 
-    Ours: GLIDE's, with a gradient that mirrored and moved pictures agree on, and a limit on the ratio of guidance to
-    noise, so that a large weight decides early and for good and does not leave the pictures that the model knows. No
-    pass goes backwards through the U-Net.
+    Ours: GLIDE's, of what tells a text from its opposites, so that it fades where a picture obeys; with a gradient that
+    mirrored and moved pictures agree on, and a limit on the ratio of guidance to noise, so that a large weight does not
+    leave the pictures that the model knows. No pass goes backwards through the U-Net.
     """
     return [GradientGuidance(Views(critic.evidence), weight, grad_noisy, shift_mean, limit=0.05)]
 

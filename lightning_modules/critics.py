@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from diffusion.classifier import Classifier, load_classifier
 from diffusion.clip import Clip
 from diffusion.losses import ClassifierAnswer, ClipAnswer, ClipSimilarity, Critic, Ensemble, Named, Scaled
-from diffusion.methods import Kind
+from diffusion.methods import Kind, Method
 from diffusion.weights import state_hash
 from errors import InputError
 from lightning_modules.sharding import shard
@@ -27,7 +27,8 @@ class Critics:
         clip: names of CLIPs.
         weights: of each in their average.
         noisy_clip: the name of a noise-aware CLIP.
-        bank: texts that a picture could show instead.
+        opposites: groups of phrases that exclude each other.
+        neutral: what is true of any picture.
         classifier: the path of a noise-aware classifier.
         checkpointing: CLIPs compute what a backward pass needs anew, in place of keeping it.
     """
@@ -37,14 +38,19 @@ class Critics:
         clip: list[str],
         weights: list[float] | None = None,
         noisy_clip: str | None = None,
-        bank: list[str] | None = None,
+        opposites: list[list[str]] | None = None,
+        neutral: str | None = None,
         classifier: str | None = None,
         checkpointing: bool = False,
     ) -> None:
         self.names, self.weights = clip, [1.0] * len(clip) if weights is None else weights
         if len(self.weights) != len(clip) or not all(weight > 0 for weight in self.weights):
             raise InputError(f"clip_weights: {self.weights} given; a number above 0 for each clip would do")
-        self.noisy_name, self.bank, self.classifier_path = noisy_clip, bank or [], classifier
+        self.noisy_name, self.classifier_path = noisy_clip, classifier
+        self.opposites, self.neutral = opposites or [], neutral
+        for group in self.opposites:
+            if len({phrase.lower() for phrase in group if phrase.strip()}) < max(2, len(group)):
+                raise InputError(f"opposites: {group} given; two or more phrases that exclude each other would do")
         self.checkpointing = checkpointing
 
     @cached_property
@@ -103,31 +109,32 @@ class Critics:
         found = [clip.encode_image(image) @ clip.encode_text(text).T for clip in clips]
         return sum(weight * each for weight, each in zip(self.weights, found, strict=True)) / sum(self.weights)
 
-    def critic(self, kind: Kind, text: Sequence[str], noise: Named, device: torch.device) -> Critic:
+    def critic(self, method: Method, text: Sequence[str], noise: Named, device: torch.device) -> Critic:
         """What a method asks whether a picture obeys."""
         texts = spared(text)
-        if kind == "classifier":
+        if method.critic == "classifier":
             return Critic(None, ClassifierAnswer(self.classifier.to(device), texts), noise)
-        noisy = kind == "noisy clip"
+        noisy = method.critic == "noisy clip"
         clips, weights = ([self.noisy_clip], [1.0]) if noisy else (self.clips, self.weights)
         clips = [clip.to(device) for clip in clips]
         cosine = Ensemble([ClipSimilarity(clip, texts, noisy) for clip in clips], weights)
-        if not self.bank:
+        if not method.contrast:
             return Critic(cosine, Scaled(cosine, cosine.logit_scale), noise)
-        return Critic(cosine, Ensemble([ClipAnswer(clip, texts, self.bank, noisy) for clip in clips], weights), noise)
+        answers = [ClipAnswer(clip, texts, self.opposites, self.neutral, noisy) for clip in clips]
+        return Critic(cosine, Ensemble(answers, weights), noise)
 
-    def provenance(self, kind: Kind) -> dict[str, Any]:
+    def provenance(self, method: Method) -> dict[str, Any]:
         """Names and hashes of what has a part in a picture."""
         found = vars(self)
         hashes = [clip.hash for clip in found.get("clips", [])]
         row = {"clip": self._joined(self.names), "clip_hash": self._joined(hashes)}
-        if kind == "noisy clip":
+        if method.critic == "noisy clip":
             row["noisy_clip"] = self.noisy_name
             row["noisy_clip_hash"] = self.noisy_clip.hash if "noisy_clip" in found else None
-        if kind == "classifier":
+        if method.critic == "classifier":
             row["classifier"] = self.classifier_path
             row["classifier_hash"] = state_hash(self.classifier.state_dict()) if "classifier" in found else None
-        return row | ({"bank": self.bank} if self.bank else {})
+        return row | ({"opposites": self.opposites, "neutral": self.neutral} if method.contrast else {})
 
     def _joined(self, names: list[str]) -> str | None:
         if len(names) < 2:

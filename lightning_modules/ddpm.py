@@ -48,8 +48,10 @@ class DDPMModule(Reproducible):
             is a text.
         clip_weights: of each CLIP in the average, relative to the others; equal ones by default.
         noisy_clip: a noise-aware CLIP, for the methods that look at x_t.
-        bank: texts that a picture could show instead. With them, the evidence for a text is its probability among
-            them; without, it is CLIP's logit.
+        opposites: groups of phrases that exclude each other, such as ``[old, young]``. The method ``evidence`` guides
+            by what tells a text from the same with one of its phrases exchanged, group by group.
+        neutral: what is true of any picture, such as ``a person``; ``evidence`` tells a text from it too, so that what
+            no group knows guides as well. A text with neither opposites nor this guides by CLIP's logit.
         classifier: a noise-aware classifier, for classifier guidance.
         sampling: how pictures are made.
         optim: the optimiser and its schedule.
@@ -74,7 +76,8 @@ class DDPMModule(Reproducible):
         clip: str | list[str] | None = None,
         clip_weights: list[float] | None = None,
         noisy_clip: str | None = None,
-        bank: list[str] | None = None,
+        opposites: list[list[str]] | None = None,
+        neutral: str | None = None,
         classifier: str | None = None,
         sampling: SamplingConfig = SamplingConfig(),
         checkpoint_activations: bool = False,
@@ -89,7 +92,7 @@ class DDPMModule(Reproducible):
         self.use_ema = use_ema
         self.weights_path, self.default_weights = weights, default_weights
         names = [clip] if isinstance(clip, str) else clip or []
-        self.critics = Critics(names, clip_weights, noisy_clip, bank, classifier, checkpoint_activations)
+        self.critics = Critics(names, clip_weights, noisy_clip, opposites, neutral, classifier, checkpoint_activations)
         self.checkpoint_activations = checkpoint_activations
         self.sampling = sampling
         self.optim = optim
@@ -192,7 +195,7 @@ class DDPMModule(Reproducible):
         guidances = [Clamp()] if self.clip_denoised else []
         if self._anywhere(any(guidance_weight)):
             weight = torch.tensor(guidance_weight, device=self.device)
-            critic = self.critics.critic(self.method.critic, text, noise, self.device)
+            critic = self.critics.critic(self.method, text, noise, self.device)
             low, high = self.interval
             if not any(low < step.t <= high for step in self.steps):
                 raise InputError(f"sampling.interval: no step lies in ({low:g}, {high:g}]; a wider one would do")
@@ -387,7 +390,7 @@ class DDPMModule(Reproducible):
                 "clip_denoised": self.clip_denoised,
                 "weights": None if self.trainer.training else str(self.weights_path or self.trainer.ckpt_path),
                 "weights_hash": state_hash(self.ema.whole()),
-                **self.critics.provenance(self.method.critic),
+                **self.critics.provenance(self.method),
                 "precision": str(self.trainer.precision),
                 "device": self.device.type,
             }

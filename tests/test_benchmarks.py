@@ -26,14 +26,14 @@ def test_a_method_is_judged_into_a_table_and_a_figure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(ROOT)
-    monkeypatch.setitem(METHODS, "evidence (default)", ("evidence", [20]))
+    monkeypatch.setitem(METHODS, "evidence", ("evidence", [20]))
     monkeypatch.setattr("benchmarks.methods.POOL", 1)
     compare(tmp_path, only=["evidence", "unguided", "faces", "chosen"], n_samples=1, val_count=300)
     table = (tmp_path / "table.md").read_text()
     assert table in capsys.readouterr().out
     assert "| unguided | 0 | 12 | " in table
     assert "| unseen faces |  | 12 | 100.0% | 100.0% | " in table
-    assert "| evidence (default) | 20 | 12 | " in table
+    assert "| evidence | 20 | 12 | " in table
     rows = load_rows(tmp_path / "chosen/pool/pictures.parquet")
     obeyed = chosen(
         tmp_path / "chosen/pool/pictures.parquet", (ROOT / "benchmarks/faces_texts.txt").read_text().splitlines(), 1

@@ -8,8 +8,10 @@ from conftest import TINY_CLIP, randomise, tiny_module, tiny_trainer
 from datamodules.prompts import PromptDataModule
 from diffusion.classifier import Classifier, save_classifier
 from diffusion.clip import OPENAI_PREPROCESSING, make_noise_aware, new_model, save_folder
+from diffusion.losses import ClipAnswer, opposed
 from diffusion.methods import METHODS, SamplingConfig
 from errors import InputError
+from lightning_modules.ddpm import DDPMModule
 
 CONFIG = yaml.safe_load((Path(__file__).parent.parent / "configs/faces_classifier.yaml").read_text())
 VOCABULARY = CONFIG["model"]["init_args"]["vocabulary"]
@@ -70,20 +72,72 @@ def test_a_critic_that_is_missing_or_of_the_wrong_kind_is_named(
         tiny_trainer(tmp_path).predict(module, PromptDataModule(text=["a man"], n_samples=1))
 
 
-def test_a_bank_makes_the_evidence_a_probability(
+GROUPS = [["old", "young"], ["man", "woman"], ["no glasses", "glasses"], ["red hair", "black hair", "grey hair"]]
+
+
+def test_a_text_is_opposed_by_itself_with_one_phrase_exchanged() -> None:
+    assert opposed("An old man", GROUPS[0]) == ["A young man"]
+    assert opposed("a young man and a young owl", GROUPS[0]) == ["an old man and an old owl"]
+    assert opposed("an old woman", GROUPS[1]) == ["an old man"]
+    assert opposed("a old man with an hat", GROUPS[0]) == ["a young man with an hat"]
+    assert opposed("a man with No glasses", GROUPS[2]) == ["a man with glasses"]
+    assert opposed("a man with glasses", GROUPS[2]) == ["a man with no glasses"]
+    assert opposed("red hair", GROUPS[3]) == ["black hair", "grey hair"]
+    assert opposed("a human with reddish hair", [*GROUPS[1], "red"]) == []
+
+
+def answers(module: DDPMModule, text: list[str], image: torch.Tensor, method: str = "evidence") -> torch.Tensor:
+    module.configure_model()
+    critic = module.critics.critic(METHODS[method], text, None, torch.device("cpu"))
+    return critic.evidence(image, module.steps[0])
+
+
+def test_evidence_is_the_probability_among_opposites_kind_by_kind(
     tmp_path: Path, tiny_weights: Path, tiny_clip: Path, noisy_clip: str
 ) -> None:
-    module = tiny_module(clip=str(tiny_clip), noisy_clip=noisy_clip, bank=["a woman", "a girl", "a man"])
-    image, text = torch.randn(2, 3, 16, 16), ["a man", "an old man"]
-    module.configure_model()
-    step = module.steps[0]
-    clip = module.critics.noisy_clip
+    clips = {"clip": str(tiny_clip), "noisy_clip": noisy_clip}
+    module = tiny_module(**clips, opposites=GROUPS, neutral="a face")
+    image, text = torch.randn(4, 3, 16, 16), ["an old man", "a girl with red hair", "an old man", "a tree"]
+    found = answers(module, text, image)
+    clip, step = module.critics.noisy_clip, module.steps[0]
     features = clip.encode_image(image, step.alpha_bar_t)
-    logits = clip.model.logit_scale.exp() * features @ clip.encode_text(["a man", "an old man", "a woman", "a girl"]).T
-    critic = module.critics.critic("noisy clip", text, None, torch.device("cpu"))
-    found = critic.evidence(image, step)
-    torch.testing.assert_close(found[0], logits[0, [0, 2, 3]].log_softmax(0)[0])
-    torch.testing.assert_close(found[1], logits[1].log_softmax(0)[1])
+
+    def log_p(i: int, *rivals: str) -> torch.Tensor:
+        logits = clip.model.logit_scale.exp() * clip.encode_text([text[i], *rivals]) @ features[i]
+        return logits.log_softmax(0)[0]
+
+    old_man = [log_p(i, "a young man") + log_p(i, "an old woman") + log_p(i, "a face") for i in (0, 2)]
+    girl = log_p(1, "a girl with black hair", "a girl with grey hair") + log_p(1, "a face")
+    tree = log_p(3, "a face")
+    torch.testing.assert_close(found, torch.stack([old_man[0], girl, old_man[1], tree]), atol=1e-5, rtol=1e-5)
+    alone = torch.cat([answers(module, [text[i]], image[i : i + 1]) for i in range(4)])
+    torch.testing.assert_close(found, alone, atol=1e-6, rtol=0)
+
+    without = answers(tiny_module(**clips, opposites=GROUPS), text, image)
+    logit = clip.model.logit_scale.exp() * (features * clip.encode_text(text)).sum(dim=1)
+    torch.testing.assert_close(without[3], logit[3])  # nothing is known that it could be told from
+    torch.testing.assert_close(answers(module, text, image, "glide"), logit)  # as its authors have it
+
+
+def test_a_picture_that_is_far_from_all_opposites_still_has_a_gradient(noisy_clip: str, tiny_clip: Path) -> None:
+    module = tiny_module(clip=str(tiny_clip), noisy_clip=noisy_clip, opposites=GROUPS)
+    module.configure_model()
+    clip = module.critics.noisy_clip
+    image = torch.randn(1, 3, 16, 16).requires_grad_()
+    features = clip.encode_image(image, module.steps[0].alpha_bar_t)
+    texts = sorted(["an old man", "a young man"], key=lambda text: (features @ clip.encode_text([text]).T).item())
+    apart = (features @ (clip.encode_text([texts[1]]) - clip.encode_text([texts[0]])).T).item()
+    with torch.no_grad():
+        clip.model.logit_scale.fill_(torch.tensor(40 / apart).log())  # log p = -e⁻⁴⁰
+    score = ClipAnswer(clip, texts[1:], GROUPS[:1], noisy=True)(image, module.steps[0])
+    gradient = torch.autograd.grad(score.sum(), image)[0]
+    assert 0 < gradient.abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("group", [["old"], ["old", "Old"], ["old", " "]])
+def test_a_group_that_opposes_nothing_is_refused(group: list[str]) -> None:
+    with pytest.raises(InputError, match=r"opposites: .* two or more phrases that exclude each other would do"):
+        tiny_module(opposites=[group])
 
 
 def test_an_interval_without_a_step_is_refused(tmp_path: Path, tiny_weights: Path, tiny_clip: Path) -> None:
