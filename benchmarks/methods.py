@@ -42,7 +42,7 @@ METHODS: dict[str, tuple[str, list[float]]] = {
     "formula as coded": ("clip_guidance_pixel", [50, 400]),
     "MPGD": ("mpgd", [50, 400]),
     "GLIDE": ("glide", [3, 10, 20, 80]),
-    "evidence": ("evidence", [20, 40, 160, 320]),
+    "evidence": ("evidence", [20, 40, 160, 1280]),
     "FreeDoM": ("freedom", [1]),
     "TFG": ("tfg", [1]),
 }
