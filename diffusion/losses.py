@@ -15,6 +15,7 @@ from diffusion.classifier import Classifier, check_named
 from diffusion.clip import Clip, preprocess
 from diffusion.guidance import Loss
 from diffusion.schedule import Step
+from errors import InputError
 
 Named = Callable[[str], Tensor]
 
@@ -240,6 +241,9 @@ class ClipAnswer:
         opposites: groups of phrases that exclude each other; a text's rivals of a kind are by :func:`opposed`.
         neutral: what is true of any picture, a rival of its own kind.
         noisy: as in :class:`ClipSimilarity`.
+
+    Raises:
+        InputError: where a rival is too long for the CLIP.
     """
 
     def __init__(
@@ -260,7 +264,7 @@ class ClipAnswer:
             found = [*(opposed(text, group) for group in opposites), [neutral] * (neutral not in (None, text))]
             for kind, others in enumerate(found):
                 if others:
-                    self.rivals[i, kind, : len(others)] = clip.encode_text(others)
+                    self.rivals[i, kind, : len(others)] = _encoded(clip, text, others)
                     self.mask[i, kind, : len(others)] = 0
         self.alone = (self.mask == NONE).flatten(1).all(dim=1)
 
@@ -272,6 +276,13 @@ class ClipAnswer:
         # not by log_softmax, whose gradient is rounded to 0 where a picture is 16 logits from its rivals
         answer = -F.softplus((ahead + self.mask).logsumexp(dim=2)).sum(dim=1)
         return torch.where(self.alone, own, answer)
+
+
+def _encoded(clip: Clip, text: str, rivals: Sequence[str]) -> Tensor:
+    try:
+        return clip.encode_text(rivals)
+    except InputError as error:
+        raise InputError(f"{error}; it is a rival of {text!r}, by opposites or neutral") from error
 
 
 class ClassifierAnswer:

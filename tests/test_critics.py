@@ -119,6 +119,13 @@ def test_evidence_is_the_probability_among_opposites_kind_by_kind(
     torch.testing.assert_close(answers(module, text, image, "glide"), logit)  # as its authors have it
 
 
+def test_a_rival_that_is_too_long_for_the_clip_is_told_of_by_its_text(noisy_clip: str, tiny_clip: Path) -> None:
+    module = tiny_module(clip=str(tiny_clip), noisy_clip=noisy_clip, opposites=[["old", "very " * 20 + "young"]])
+    wanted = r"very young man' is .* tokens too long for .* a rival of 'an old man', by opposites"
+    with pytest.raises(InputError, match=wanted):
+        answers(module, ["an old man"], torch.randn(1, 3, 16, 16))
+
+
 def test_a_picture_that_is_far_from_all_opposites_still_has_a_gradient(noisy_clip: str, tiny_clip: Path) -> None:
     module = tiny_module(clip=str(tiny_clip), noisy_clip=noisy_clip, opposites=GROUPS)
     module.configure_model()
