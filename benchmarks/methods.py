@@ -2,10 +2,10 @@
 
     python benchmarks/methods.py
 
-judges what each method draws of the drawn faces (``benchmarks/faces_texts.txt``, 32 seeds, 50 steps), as many unguided
-pictures, as many unseen faces that the texts are true of, which no method can be told from, and what waiting gives: the
-unguided pictures that happen to obey among four times their number. It writes
-``out/methods/table.md``, ``out/methods/figure.png`` and a report for each, and goes on where it was stopped.
+judges what each method draws of the drawn faces (``benchmarks/faces_texts.txt``, 32 pictures a text, 50 steps), as many
+unguided pictures, as many unseen faces that the texts are true of, which no method can be told from, and what waiting
+gives: the unguided pictures that happen to obey among four times their number. It writes ``out/methods/table.md``,
+``figure.png`` and ``report.json``, and goes on where it was stopped.
 """
 
 import json
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 from callbacks.evaluation import curve, markdown  # noqa: E402
-from callbacks.judging import Judges, Reference, Row, load_rows, summarise  # noqa: E402
+from callbacks.judging import Judges, Reference, Row, load_rows, save_rows, summarise  # noqa: E402
 from cli import main  # noqa: E402
 from datamodules.faces import Faces, FacesDataModule, attributes  # noqa: E402
 from diffusion.classifier import named  # noqa: E402
@@ -54,7 +54,7 @@ def compare(
     texts: Path = TEXTS,
     n_samples: int = 32,
     seed: int = 1000,
-    val_count: int = 6000,
+    val_count: int = 24000,
     micro_batch: int = 32,
 ) -> None:
     """Judge the methods, and draw the table and the figure of all that have been judged.
@@ -64,49 +64,83 @@ def compare(
         only: methods to judge now, ``unguided``, ``faces`` or ``chosen``; all of the table by default, none with [].
             Other methods of the package may be named, and are judged at their own weights.
         texts: a text a line.
-        n_samples: seeds for each text.
+        n_samples: pictures for each text, each from a seed of its own.
         seed: the first.
         val_count: unseen faces to compare with.
         micro_batch: pictures sampled at once.
     """
     sentences = texts.read_text().splitlines()
-    runs = {"unguided": ("evidence", [0], n_samples * len(sentences))}
-    runs |= {name: (method, weights, n_samples) for name, (method, weights) in METHODS.items()}
-    known = {"unguided", "faces", "chosen"} | {method for method, _ in METHODS.values()}
-    runs |= {name: (name, [PACKAGE[name].weight], n_samples) for name in only or [] if name not in known}
-    reports: dict[str, list[dict[str, Any]]] = {}
+    save_dir.mkdir(parents=True, exist_ok=True)
+    requests = save_dir / "requests.jsonl"
+    lines = "".join(json.dumps(row) + "\n" for row in own_seeds(sentences, n_samples, seed))
+    if requests.exists() and requests.read_text() != lines:
+        sys.exit(f"save_dir: {save_dir} has pictures of other texts or seeds; another folder would do")
+    requests.write_text(lines)
+    number = n_samples * len(sentences)
+    plain = save_dir / "unguided/pictures.parquet"
+    pool = save_dir / "chosen/pictures.parquet"
+    unseen = save_dir / "faces/pictures.parquet"
 
-    def judge(method: str, weights: list[float], number: int, report: Path) -> None:
-        print(f"{method} at {weights}, {number} seeds", flush=True)
-        flags = ["--method", method, "--guidance_weight", *map(str, weights), "--save_dir", str(report.parent)]
-        flags += ["--judge", *JUDGES, "--prompts", str(texts), "--data.val_count", str(val_count)]
-        flags += ["--n_samples", str(number), "--seed", str(seed), "--micro_batch", str(micro_batch)]
+    def wanted(name: str, pictures: Path) -> bool:
+        return not pictures.exists() and (only is None or name in only)
+
+    def judge(method: str, weights: list[float], pictures: Path, *which: str) -> None:
+        print(f"{pictures.parent.name} at {weights}", flush=True)
+        flags = ["--method", method, "--guidance_weight", *map(str, weights), "--save_dir", str(pictures.parent)]
+        flags += ["--judge", *JUDGES, "--data", "null", "--micro_batch", str(micro_batch), *which]
         main(["test", "-c", str(ROOT / "configs/faces.yaml"), *flags])
 
-    pool = save_dir / "chosen/pool/report.json"
-    if (only is None or "chosen" in only) and not pool.exists():
-        judge("evidence", [0], POOL * n_samples * len(sentences), pool)
-    for name, folder, rows in (
-        ("unseen faces", "faces", lambda: faces(sentences, n_samples)),
-        ("unguided that obey", "chosen", lambda: chosen(pool.with_name("pictures.parquet"), sentences, n_samples)),
-    ):
-        report = save_dir / folder / "report.json"
-        if (only is None or folder in only) and not report.exists():
-            score(report, rows(), sentences, val_count)
-        if report.exists():
-            reports[name] = json.loads(report.read_text())["table"]
-    for name, (method, weights, number) in runs.items():
-        folder = name if name == "unguided" else method
-        report = save_dir / folder / "report.json"
-        if not report.exists() and (only is None or folder in only):
-            judge(method, weights, number, report)
-        if report.exists():
-            entries = json.loads(report.read_text())["table"]
-            reports[name] = [entry for entry in entries if bool(entry["guidance_weight"]) == any(weights)]
-    if reports:
-        (save_dir / "table.md").write_text(table(reports))
-        curve(reports).savefig(save_dir / "figure.png", dpi=150)
-        print(table(reports))
+    if wanted("faces", unseen):
+        unseen.parent.mkdir()
+        save_rows(unseen, faces(sentences, n_samples))
+    if wanted("unguided", plain):
+        judge("evidence", [0], plain, "--prompts", str(requests))
+    if wanted("chosen", pool):
+        others = ["--seed", str(seed + number), "--n_samples", str((POOL - 1) * number)]
+        judge("evidence", [0], pool, "--prompts", str(texts), *others)
+    extra = set(only or []) - {"unguided", "faces", "chosen"} - {method for method, _ in METHODS.values()}
+    guided = METHODS | {name: (name, [PACKAGE[name].weight]) for name in sorted(extra)}
+    for method, weights in guided.values():
+        pictures = save_dir / method / "pictures.parquet"
+        if wanted(method, pictures):
+            judge(method, weights, pictures, "--prompts", str(requests))
+
+    twins = load_rows(plain) if plain.exists() else []
+    found: dict[str, list[Row]] = {}
+    if unseen.exists():
+        found["unseen faces"] = load_rows(unseen)
+    if pool.exists() and twins:
+        found["unguided that obey"] = chosen(twins + load_rows(pool), sentences, n_samples)
+    if twins:
+        found["unguided"] = twins
+    for name, (method, _) in guided.items():
+        pictures = save_dir / method / "pictures.parquet"
+        if pictures.exists():
+            found[name] = twins + load_rows(pictures)
+    if not found:
+        return
+    data = FacesDataModule(val_count=val_count)
+    data.setup("validate")
+    reference = Reference(data.val_dataloader(), Judges(JUDGES, sentences), torch.device("cpu"))
+    reports: dict[str, list[dict[str, Any]]] = {}
+    for name, rows in found.items():
+        entries = [entry for entry in summarise(rows, reference) if bool(entry["guidance_weight"]) != (rows is twins)]
+        waited = name in ("unseen faces", "unguided that obey")
+        reports[name] = [entry | {"guidance_weight": None} for entry in entries] if waited else entries
+    for name, text in (("report.json", json.dumps(reports, indent=2) + "\n"), ("table.md", table(reports))):
+        with whole(save_dir / name) as aside:
+            aside.write_text(text)
+    curve(reports).savefig(save_dir / "figure.png", dpi=150)
+    print(table(reports))
+
+
+def own_seeds(texts: list[str], n_samples: int, seed: int) -> list[dict[str, Any]]:
+    """A request for each picture.
+
+    Pictures of one seed are alike whatever their texts, for they start from the same noise; a set of them is compared
+    with faces, and with unguided pictures of which no two share a seed either.
+    """
+    return [{"text": text, "seed": seed + i} for i, text in enumerate(t for t in texts for _ in range(n_samples))]
 
 
 def faces(texts: list[str], n_samples: int) -> list[Row]:
@@ -116,43 +150,38 @@ def faces(texts: list[str], n_samples: int) -> list[Row]:
     for text in texts:
         wanted = named(judges.vocabulary, text).items()  # the judge has the faces' own names
         true = (index for index in count() if wanted <= attributes(UNSEEN, index).items())
-        for seed, index in enumerate(islice(true, n_samples)):
+        for index in islice(true, n_samples):
+            number = len(requests)
             images.append(unseen[index]["image"])
-            requests.append({"index": len(requests), "text": text, "seed": seed, "guidance_weight": 1, "valid": True})
+            requests.append({"index": number, "text": text, "seed": number, "guidance_weight": 1, "valid": True})
     batch = {name: [request[name] for request in requests] for name in requests[0]}
     free = dict.fromkeys(("network_forwards", "network_backwards", "critic_passes", "seconds", "peak_bytes"), 0)
     return judges.rows(batch, torch.stack(images), free, critics)
 
 
-def chosen(pool: Path, texts: list[str], n_samples: int) -> list[Row]:
+def chosen(rows: list[Row], texts: list[str], n_samples: int) -> list[Row]:
     """What was said of the unguided pictures that happen to obey: ``n_samples`` for each text, or all there are.
 
     Each costs what was drawn for it, those that do not obey too.
     """
     asked, used, found = defaultdict(list), set(), []
-    for row in load_rows(pool):
+    for row in rows:
         asked[row["text"]].append(row)
     obey = {text: [row for row in asked[text] if all(next(iter(row["seen"].values())).values())] for text in texts}
     for text in sorted(texts, key=lambda text: len(obey[text])):  # a picture is of the rarest text that it obeys
         share = len(asked[text]) / max(1, len(obey[text]))
-        picked = [row for row in obey[text] if row["index"] not in used][:n_samples]
-        used |= {row["index"] for row in picked}
+        picked = [row for row in obey[text] if row["seed"] not in used][:n_samples]
+        used |= {row["seed"] for row in picked}
         found += [
-            row | {"cost": {k: v * (1 if k == "peak_bytes" else share) for k, v in row["cost"].items()}}
+            row
+            | {
+                "index": row["seed"],
+                "guidance_weight": 1,
+                "cost": {k: v * (1 if k == "peak_bytes" else share) for k, v in row["cost"].items()},
+            }
             for row in picked
         ]
-    return [row | {"guidance_weight": 1} for row in found]
-
-
-def score(report: Path, rows: list[Row], texts: list[str], val_count: int) -> None:
-    """Write a report of rows that nothing guides."""
-    data = FacesDataModule(val_count=val_count)
-    data.setup("validate")
-    reference = Reference(data.val_dataloader(), Judges(JUDGES, texts), torch.device("cpu"))
-    entries = [entry | {"guidance_weight": None} for entry in summarise(rows, reference)]
-    report.parent.mkdir(parents=True, exist_ok=True)
-    with whole(report) as aside:
-        aside.write_text(json.dumps({"table": entries}, indent=2))
+    return found
 
 
 def table(reports: dict[str, list[dict[str, Any]]]) -> str:

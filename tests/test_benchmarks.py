@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -27,18 +28,22 @@ def test_a_method_is_judged_into_a_table_and_a_figure(
 ) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setitem(METHODS, "evidence", ("evidence", [20]))
-    monkeypatch.setattr("benchmarks.methods.POOL", 1)
+    monkeypatch.setattr("benchmarks.methods.POOL", 2)
     compare(tmp_path, only=["evidence", "unguided", "faces", "chosen"], n_samples=1, val_count=300)
     table = (tmp_path / "table.md").read_text()
     assert table in capsys.readouterr().out
     assert "| unguided | 0 | 12 | " in table
-    assert "| unseen faces |  | 12 | 100.0% | 100.0% | " in table
+    assert "| unseen faces |  | 12 | 100.0% ± 0.0% | 100.0% | " in table
     assert "| evidence | 20 | 12 | " in table
-    rows = load_rows(tmp_path / "chosen/pool/pictures.parquet")
-    obeyed = chosen(
-        tmp_path / "chosen/pool/pictures.parquet", (ROOT / "benchmarks/faces_texts.txt").read_text().splitlines(), 1
-    )
-    assert len({each["index"] for each in obeyed}) == len({each["text"] for each in obeyed}) == len(obeyed) > 1
+    texts = (ROOT / "benchmarks/faces_texts.txt").read_text().splitlines()
+    drawn = load_rows(tmp_path / "evidence/pictures.parquet")
+    assert [(row["text"], row["seed"]) for row in drawn] == [(text, 1000 + i) for i, text in enumerate(texts)]
+    (entry,) = json.loads((tmp_path / "report.json").read_text())["evidence"]
+    assert entry["drift"] > 0
+    rows = [row for folder in ("unguided", "chosen") for row in load_rows(tmp_path / folder / "pictures.parquet")]
+    assert {row["seed"] for row in rows} == set(range(1000, 1024))
+    obeyed = chosen(rows, texts, 1)
+    assert len({each["seed"] for each in obeyed}) == len({each["text"] for each in obeyed}) == len(obeyed) > 1
     assert all(all(next(iter(each["seen"].values())).values()) for each in obeyed)
     assert f"| unguided that obey |  | {len(obeyed)} | 100.0%" in table
     men = [row for row in rows if row["text"] == "a man"]
@@ -47,8 +52,10 @@ def test_a_method_is_judged_into_a_table_and_a_figure(
     assert forwards["a man"] == pytest.approx(50 * share)
     assert (tmp_path / "figure.png").stat().st_size > 1000
     before = (tmp_path / "evidence/report.json").stat().st_mtime_ns
-    compare(tmp_path, only=["evidence"])  # what is there is not judged again
+    compare(tmp_path, only=["evidence"], n_samples=1, val_count=300)  # what is there is not judged again
     assert (tmp_path / "evidence/report.json").stat().st_mtime_ns == before
+    with pytest.raises(SystemExit, match="other texts or seeds"):
+        compare(tmp_path, n_samples=2)
 
 
 @pytest.mark.slow
