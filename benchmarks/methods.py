@@ -36,7 +36,7 @@ POOL = 4  # unguided pictures that are drawn for each that the table has, to fin
 UNSEEN = 5000  # the seed of faces that no network has been trained on or compared with
 TEXTS = ROOT / "benchmarks/faces_texts.txt"
 # The first weights are the authors' or were chosen on other texts and seeds; the last, where there are several, are
-# the strong ones: four to eight times as large. Of evidence, 160 is the default.
+# the strong ones: four to eight times as large. Of evidence, 20 is the default.
 METHODS: dict[str, tuple[str, list[float]]] = {
     "formula as written": ("clip_guidance", [50, 400]),
     "formula as coded": ("clip_guidance_pixel", [50, 400]),

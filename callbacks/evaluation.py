@@ -93,13 +93,14 @@ def curve(tables: dict[str, list[Row]]) -> Figure:
     """Obedience against fidelity: a line over its weights for each method, and a star for what nothing guides."""
     drawn = Figure(figsize=(8, 5), layout="constrained")
     axes = drawn.add_subplot()
-    for name, entries in tables.items():
+    for number, (name, entries) in enumerate(tables.items()):
         points = [(entry["fid"], 100 * entry["obey"], entry["guidance_weight"]) for entry in entries if "fid" in entry]
         guided = [point for point in points if point[2]]
         if guided:
             axes.plot([fid for fid, _, _ in guided], [obey for _, obey, _ in guided], "o-", label=name)
         for fid, obey, weight in guided:
-            axes.annotate(f"{weight:g}", (fid, obey), textcoords="offset points", xytext=(5, 4), fontsize=8)
+            beside = (5, 4 if number % 2 else -10)  # above one line, below the next
+            axes.annotate(f"{weight:g}", (fid, obey), textcoords="offset points", xytext=beside, fontsize=8)
         for fid, obey, _ in (point for point in points if not point[2]):
             axes.plot(
                 fid, obey, "*", color="black" if guided else None, markersize=11, label="unguided" if guided else name
@@ -125,6 +126,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "CLIP": lambda entry: _shown(entry["clip_similarity"], ".3f"),
     "held-out CLIP": lambda entry: _shown(entry["held_out_similarity"], ".3f"),
     "FID": lambda entry: _shown(entry.get("fid"), ".3f", entry.get("fid_error")),
+    "FID, alike": lambda entry: _shown(entry.get("fid_alike"), ".3f"),
     "1000 KID": lambda entry: _shown(1000 * entry["kid"] if "kid" in entry else None, ".2f"),
     "drift": lambda entry: _shown(entry.get("drift"), ".2f"),
     "passes per success": lambda entry: _shown(entry["per_success"], ".0f"),

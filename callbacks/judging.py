@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import lightning as L
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from diffusion.classifier import Classifier, Vocabulary, check_named, named
@@ -242,18 +243,42 @@ class Reference:
         """
         if self.labels is None:
             return self.features
-        found = {}
+        true = {}
         for text in dict.fromkeys(texts):
-            true = torch.ones(len(self.labels), dtype=torch.bool)
+            true[text] = torch.ones(len(self.labels), dtype=torch.bool)
             for name, value in named(self.vocabulary, text).items():
                 column = list(self.vocabulary).index(name)
-                true &= self.labels[:, column] == list(self.vocabulary[name]).index(value)
-            found[text] = self.features[true]
-        if min(map(len, found.values())) < 2:
-            return self.features
-        asked = Counter(texts)
-        times = min(len(found[text]) / asked[text] for text in found)
-        return torch.cat([found[text][: round(times * asked[text])] for text in found])
+                true[text] &= self.labels[:, column] == list(self.vocabulary[name]).index(value)
+        found = self._in_shares(true, texts)
+        return self.features if found is None else found
+
+    def alike(self, features: Tensor) -> Tensor | None:
+        """(M, C): pictures with the same attributes as those of ``features``, in the same shares, named or not.
+
+        None, where there are no labels or too few pictures.
+        """
+        if self.labels is None or len(self.labels) <= self.features.shape[1]:
+            return None
+        shown = [tuple(row) for row in self._shown(features).tolist()]
+        true = {each: (self.labels == torch.tensor(each)).all(dim=1) for each in dict.fromkeys(shown)}
+        return self._in_shares(true, shown)
+
+    def _shown(self, features: Tensor) -> Tensor:
+        """(N, attributes): what a linear probe of the features sees, fitted to these pictures by least squares."""
+        ours, theirs = (F.pad(each.double(), (0, 1), value=1) for each in (self.features, features))
+        found = []
+        for column, values in zip(self.labels.T, self.vocabulary.values(), strict=True):
+            probe = torch.linalg.lstsq(ours, F.one_hot(column, len(values)).double()).solution
+            found.append((theirs @ probe).argmax(dim=1))
+        return torch.stack(found, dim=1)
+
+    def _in_shares(self, true: Mapping[Any, Tensor], asked: Sequence[Any]) -> Tensor | None:
+        """As many pictures as there are in the shares of what is asked; None where one is true of fewer than two."""
+        if min(mask.sum() for mask in true.values()) < 2:
+            return None
+        count = Counter(asked)
+        times = min(mask.sum().item() / count[each] for each, mask in true.items())
+        return torch.cat([self.features[mask][: round(times * count[each])] for each, mask in true.items()])
 
 
 class _Features(nn.Module):
@@ -313,8 +338,10 @@ def summarise(rows: list[Row], reference: Reference | None = None) -> list[Row]:
     over seeds and ``obey_error`` its standard error; ``single`` is the share of all that is named; ``attributes`` by
     attribute; ``judges`` has ``obey`` by each judge. ``fid`` and ``kid`` compare features: of guided pictures with
     those that their texts are true of, of unguided ones with all; ``fid_error`` is a standard error, known where there
-    are more pictures than features. ``drift`` is the mean distance in features from the unguided picture of the same
-    seed, where there is one. ``per_success`` is the passes through the network for each picture that obeys.
+    are more pictures than features. ``fid_alike`` compares with those that show the same attributes, named or not: what
+    it is less by is leakage, what pictures show that their texts don't ask for. ``drift`` is the mean distance in
+    features from the unguided picture of the same seed, where there is one. ``per_success`` is the passes through the
+    network for each picture that obeys.
     """
     plain = {row["seed"]: row["features"] for row in rows if row["guidance_weight"] == 0}
     table = []
@@ -352,6 +379,9 @@ def summarise(rows: list[Row], reference: Reference | None = None) -> list[Row]:
         if reference is not None and len(made) > 1:
             like = reference.of([row["text"] for row in group]) if weight else reference.features
             entry["fid"], entry["kid"], entry["reference"] = frechet(made, like), kernel(made, like), len(like)
+            alike = reference.alike(made)
+            if alike is not None:
+                entry["fid_alike"] = frechet(made, alike)
             if len(made) > made.shape[1]:  # else no covariance has full rank, and that of a part less
                 folds = [row["seed"] % 16 for row in pictures]
                 entry["fid_error"] = jackknife(lambda part, like=like: frechet(part, like), made, folds)

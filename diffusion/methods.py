@@ -99,7 +99,7 @@ def glide(critic: Critic, weight: Tensor) -> list[Guidance]:
     return [GradientGuidance(critic.evidence, weight, grad_noisy, shift_mean)]
 
 
-@method("evidence", 160, critic="noisy clip", contrast=True)
+@method("evidence", 20, critic="noisy clip", contrast=True)
 def evidence(critic: Critic, weight: Tensor) -> list[Guidance]:
     """μ + s·σ_t²·∇_{x_t} log p(y | x_t) with a noise-aware CLIP, over four views, up to a twentieth of the noise.
 

@@ -64,7 +64,7 @@ def test_the_table_counts_what_obeys() -> None:
     json.dumps([plain, guided])
     assert guided["obey_error"] == pytest.approx(0.5)
     assert (
-        "| 9 | 2 | 50.0% ± 50.0% | 100.0% | 75.0% | 0.500 | 0.250 |  |  | 2.00 | 200 | 51 | 2.00 | 7.0 |"
+        "| 9 | 2 | 50.0% ± 50.0% | 100.0% | 75.0% | 0.500 | 0.250 |  |  |  | 2.00 | 200 | 51 | 2.00 | 7.0 |"
         in markdown([guided])
     )
 
@@ -227,6 +227,30 @@ def test_guided_pictures_are_compared_with_those_that_their_texts_are_true_of(tm
     assert len(reference.features) == 200
     reference.labels = None
     assert len(reference.of(list(true))) == 200
+
+
+def test_pictures_are_compared_with_those_that_show_the_same_whatever_was_asked() -> None:
+    reference = All(torch.empty(0))
+    reference.vocabulary = {"gender": {"woman": [], "man": []}, "hair": {"black": [], "red": [], "grey": []}}
+    generator = torch.Generator().manual_seed(0)
+    reference.labels = torch.stack([torch.randint(n, (300,), generator=generator) for n in (2, 3)], dim=1)
+    shows = torch.cat([torch.eye(2)[reference.labels[:, 0]], torch.eye(3)[reference.labels[:, 1]]], dim=1)
+    reference.features = torch.cat([shows + 0.1 * torch.randn(300, 5, generator=generator), torch.rand(300, 1)], dim=1)
+    asked = [(0, 1)] * 3 + [(1, 2)]
+    made = torch.tensor([[*torch.eye(2)[man].tolist(), *torch.eye(3)[hair].tolist(), 7.0] for man, hair in asked])
+    like = reference.alike(made)
+    kinds = reference._shown(like).tolist()
+    assert kinds == sorted(kinds)
+    women, men = kinds.count([0, 1]), kinds.count([1, 2])
+    assert women + men == len(kinds)
+    assert women == pytest.approx(3 * men, abs=1)
+    red_women = (reference.labels == torch.tensor([0, 1])).all(dim=1).sum()
+    assert women == red_women  # all there are
+    few = All(reference.features[:6])
+    few.vocabulary, few.labels = reference.vocabulary, reference.labels[:6]
+    assert few.alike(made) is None  # than which a probe has more numbers
+    reference.labels = None
+    assert reference.alike(made) is None
 
 
 def test_two_processes_judge_what_one_does(tmp_path: Path) -> None:
