@@ -91,7 +91,7 @@ def compare(
         main(["test", "-c", str(ROOT / "configs/faces.yaml"), *flags])
 
     if wanted("faces", unseen):
-        unseen.parent.mkdir()
+        unseen.parent.mkdir(exist_ok=True)
         save_rows(unseen, faces(sentences, n_samples))
     if wanted("unguided", plain):
         judge("evidence", [0], plain, "--prompts", str(requests))
@@ -116,7 +116,7 @@ def compare(
     for name, (method, _) in guided.items():
         pictures = save_dir / method / "pictures.parquet"
         if pictures.exists():
-            found[name] = twins + load_rows(pictures)
+            found[name] = load_rows(pictures)
     if not found:
         return
     data = FacesDataModule(val_count=val_count)
@@ -124,9 +124,10 @@ def compare(
     reference = Reference(data.val_dataloader(), Judges(JUDGES, sentences), torch.device("cpu"))
     reports: dict[str, list[dict[str, Any]]] = {}
     for name, rows in found.items():
-        entries = [entry for entry in summarise(rows, reference) if bool(entry["guidance_weight"]) != (rows is twins)]
-        waited = name in ("unseen faces", "unguided that obey")
-        reports[name] = [entry | {"guidance_weight": None} for entry in entries] if waited else entries
+        if name in guided or rows is twins:
+            reports[name] = summarise(rows, reference, twins)
+        else:  # no weight had a part in them
+            reports[name] = [entry | {"guidance_weight": None} for entry in summarise(rows, reference)]
     for name, text in (("report.json", json.dumps(reports, indent=2) + "\n"), ("table.md", table(reports))):
         with whole(save_dir / name) as aside:
             aside.write_text(text)

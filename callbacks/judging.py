@@ -4,6 +4,7 @@ import resource
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -264,13 +265,18 @@ class Reference:
         return self._in_shares(true, shown)
 
     def _shown(self, features: Tensor) -> Tensor:
-        """(N, attributes): what a linear probe of the features sees, fitted to these pictures by least squares."""
-        ours, theirs = (F.pad(each.double(), (0, 1), value=1) for each in (self.features, features))
-        found = []
-        for column, values in zip(self.labels.T, self.vocabulary.values(), strict=True):
-            probe = torch.linalg.lstsq(ours, F.one_hot(column, len(values)).double()).solution
-            found.append((theirs @ probe).argmax(dim=1))
-        return torch.stack(found, dim=1)
+        """(N, attributes): what linear probes of the features see."""
+        padded = F.pad(features.double(), (0, 1), value=1)
+        return torch.stack([(padded @ probe).argmax(dim=1) for probe in self._probes], dim=1)
+
+    @cached_property
+    def _probes(self) -> list[Tensor]:
+        """(C + 1, values) for each attribute, fitted to these pictures by least squares."""
+        padded = F.pad(self.features.double(), (0, 1), value=1)
+        return [
+            torch.linalg.lstsq(padded, F.one_hot(column, len(values)).double()).solution
+            for column, values in zip(self.labels.T, self.vocabulary.values(), strict=True)
+        ]
 
     def _in_shares(self, true: Mapping[Any, Tensor], asked: Sequence[Any]) -> Tensor | None:
         """As many pictures as there are in the shares of what is asked; None where one is true of fewer than two."""
@@ -331,8 +337,8 @@ def jackknife(statistic: Callable[[Tensor], float], values: Tensor, group: Seque
     return ((len(groups) - 1) * found.var(correction=0)).sqrt().item()
 
 
-def summarise(rows: list[Row], reference: Reference | None = None) -> list[Row]:
-    """One entry for each weight.
+def summarise(rows: list[Row], reference: Reference | None = None, twins: Sequence[Row] = ()) -> list[Row]:
+    """One entry for each weight of ``rows``; ``twins`` are unguided pictures of their seeds that are told of elsewhere.
 
     ``obey`` is the share of pictures in which the first judge sees all that the text names; ``obey_std`` its spread
     over seeds and ``obey_error`` its standard error; ``single`` is the share of all that is named; ``attributes`` by
@@ -343,7 +349,7 @@ def summarise(rows: list[Row], reference: Reference | None = None) -> list[Row]:
     features from the unguided picture of the same seed, where there is one. ``per_success`` is the passes through the
     network for each picture that obeys.
     """
-    plain = {row["seed"]: row["features"] for row in rows if row["guidance_weight"] == 0}
+    plain = {row["seed"]: row["features"] for row in (*rows, *twins) if row["guidance_weight"] == 0}
     table = []
     for weight in sorted({row["guidance_weight"] for row in rows}):
         group = [row for row in rows if row["guidance_weight"] == weight]
