@@ -18,18 +18,17 @@ from typing import Any
 import torch
 from jsonargparse import auto_cli
 
+from clipward.cli import main
+from clipward.datamodules.faces import Faces, FacesDataModule, attributes
+from clipward.evaluation.judges import Judges, Row
+from clipward.evaluation.reference import Reference
+from clipward.evaluation.report import curve, load_rows, markdown, save_rows, summarise
+from clipward.files import whole
+from clipward.guidance.methods import METHODS as PACKAGE
+from clipward.guidance.models import Critics
+from clipward.networks.classifier import named
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-from callbacks.evaluation import curve, markdown  # noqa: E402
-from callbacks.judging import Judges, Reference, Row, load_rows, save_rows, summarise  # noqa: E402
-from cli import main  # noqa: E402
-from datamodules.faces import Faces, FacesDataModule, attributes  # noqa: E402
-from diffusion.classifier import named  # noqa: E402
-from diffusion.methods import METHODS as PACKAGE  # noqa: E402
-from diffusion.weights import whole  # noqa: E402
-from lightning_modules.critics import Critics  # noqa: E402
-
 SHIPPED = ROOT / "checkpoints/faces64"
 JUDGES = [str(SHIPPED / "judge.safetensors"), str(SHIPPED / "judge_clip")]
 POOL = 4  # unguided pictures that are drawn for each that the table has, to find some that obey

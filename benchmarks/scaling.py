@@ -18,10 +18,10 @@ import lightning as L
 import torch
 from jsonargparse import auto_cli
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
 
-from callbacks.judging import peak_bytes  # noqa: E402
+from clipward.evaluation.cost import peak_bytes
+
+ROOT = Path(__file__).parent.parent
 
 FIT = ["fit", "-c", "configs/faces.yaml", "--data.train_count", "2000", "--trainer.limit_val_batches", "0"]
 # Ho et al.'s network, on 64 pixels

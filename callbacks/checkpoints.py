@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 
-from diffusion.weights import whole
-from errors import InputError
+from clipward.errors import InputError
+from clipward.files import whole
 
 
 class WholeCheckpointIO(TorchCheckpointIO):

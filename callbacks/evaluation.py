@@ -1,18 +1,19 @@
 """Scores what ``test`` draws."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 
-from callbacks.judging import Cost, Judges, Reference, Row, save_rows, summarise
-from diffusion.weights import whole
-from errors import InputError
+from clipward.errors import InputError
+from clipward.evaluation.cost import Cost
+from clipward.evaluation.judges import Judges, Row
+from clipward.evaluation.reference import Reference
+from clipward.evaluation.report import curve, markdown, markdown_of_texts, save_rows, summarise
+from clipward.files import whole
 
 
 class Evaluation(L.Callback):
@@ -87,66 +88,3 @@ class Evaluation(L.Callback):
             with SummaryWriter(str(self.report.parent)) as writer:
                 writer.add_figure("obedience against fidelity", drawn)
         print(f"{markdown(table)}\n\n{markdown_of_texts(texts)}\n\nwritten to {self.report}")
-
-
-def curve(tables: dict[str, list[Row]]) -> Figure:
-    """Obedience against fidelity: a line over its weights for each method, and a star for what nothing guides."""
-    drawn = Figure(figsize=(8, 5), layout="constrained")
-    axes = drawn.add_subplot()
-    for number, (name, entries) in enumerate(tables.items()):
-        points = [(entry["fid"], 100 * entry["obey"], entry["guidance_weight"]) for entry in entries if "fid" in entry]
-        guided = [point for point in points if point[2]]
-        if guided:
-            axes.plot([fid for fid, _, _ in guided], [obey for _, obey, _ in guided], "o-", label=name)
-        for fid, obey, weight in guided:
-            beside = (5, 4 if number % 2 else -10)  # above one line, below the next
-            axes.annotate(f"{weight:g}", (fid, obey), textcoords="offset points", xytext=beside, fontsize=8)
-        for fid, obey, _ in (point for point in points if not point[2]):
-            axes.plot(
-                fid, obey, "*", color="black" if guided else None, markersize=11, label="unguided" if guided else name
-            )
-    axes.set(xlabel="FID (lower is better)", ylabel="pictures that obey their whole text, %", ylim=(0, 104))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    return drawn
-
-
-def _shown(value: float | None, form: str, error: float | None = None) -> str:
-    if value is None:
-        return ""
-    return format(value, form) + ("" if error is None else f" ± {format(error, form)}")
-
-
-COLUMNS: dict[str, Callable[[Row], str]] = {
-    "weight": lambda entry: _shown(entry["guidance_weight"], "g"),
-    "pictures": lambda entry: f"{entry['pictures']}",
-    "obey": lambda entry: _shown(entry["obey"], ".1%", entry["obey_error"]),
-    "other judges": lambda entry: ", ".join(f"{share:.1%}" for share in list(entry["judges"].values())[1:]),
-    "attributes": lambda entry: _shown(entry["single"], ".1%"),
-    "CLIP": lambda entry: _shown(entry["clip_similarity"], ".3f"),
-    "held-out CLIP": lambda entry: _shown(entry["held_out_similarity"], ".3f"),
-    "FID": lambda entry: _shown(entry.get("fid"), ".3f", entry.get("fid_error")),
-    "FID, alike": lambda entry: _shown(entry.get("fid_alike"), ".3f"),
-    "1000 KID": lambda entry: _shown(1000 * entry["kid"] if "kid" in entry else None, ".2f"),
-    "drift": lambda entry: _shown(entry.get("drift"), ".2f"),
-    "passes per success": lambda entry: _shown(entry["per_success"], ".0f"),
-    "CLIP passes": lambda entry: f"{entry['cost']['critic_passes']:.0f}",
-    "seconds": lambda entry: f"{entry['cost']['seconds']:.2f}",
-    "peak GiB": lambda entry: f"{entry['cost']['peak_bytes'] / 2**30:.1f}",
-}
-
-
-def markdown(table: list[Row]) -> str:
-    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-    return "\n".join([*lines, *(f"| {' | '.join(cell(entry) for cell in COLUMNS.values())} |" for entry in table)])
-
-
-def markdown_of_texts(texts: list[Row]) -> str:
-    lines = ["| text | weight | pictures | obey | by attribute | CLIP |", "|---|---|---|---|---|---|"]
-    for row in texts:
-        each = ", ".join(f"{name} {share:.0%}" for name, share in row["attributes"].items())
-        lines.append(
-            f"| {row['text']} | {row['guidance_weight']:g} | {row['pictures']} | {row['obey']:.0%} | {each} "
-            f"| {_shown(row['clip_similarity'], '.3f')} |"
-        )
-    return "\n".join(lines)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from diffusion.weights import whole
+from clipward.files import whole
 
 Output = Literal["files", "webdataset", "parquet"]
 SUFFIX = {"webdataset": "tar", "parquet": "parquet"}

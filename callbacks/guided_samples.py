@@ -9,11 +9,14 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from callbacks.figure import Cell, figure
-from callbacks.gallery import save_png
-from callbacks.judging import Cost, Judges, Reference, Row, summarise
-from callbacks.prediction_writer import GRID_ROWS, to_picture
-from diffusion.methods import METHODS
+from clipward.callbacks.figure import Cell, figure
+from clipward.callbacks.gallery import save_png
+from clipward.callbacks.prediction_writer import GRID_ROWS, to_picture
+from clipward.evaluation.cost import Cost
+from clipward.evaluation.judges import Judges, Row
+from clipward.evaluation.reference import Reference
+from clipward.evaluation.report import summarise
+from clipward.guidance.methods import METHODS
 
 LOGGED = ("obey", "single", "clip_similarity", "held_out_similarity", "fid", "kid", "drift")
 

@@ -11,10 +11,10 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from PIL import Image
 from torch import Tensor
 
-from callbacks.figure import Cell, figure
-from callbacks.gallery import Gallery, Output, line, save_png
-from diffusion.weights import whole
-from errors import InputError
+from clipward.callbacks.figure import Cell, figure
+from clipward.callbacks.gallery import Gallery, Output, line, save_png
+from clipward.errors import InputError
+from clipward.files import whole
 
 CONFIG_FILE = "config.predict.yaml"
 PACKAGES = ("clipward", "torch", "lightning", "open_clip_torch")

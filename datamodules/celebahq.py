@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import v2
 
-from datamodules.loading import training_loader
-from errors import InputError, first_line
+from clipward.datamodules.loading import training_loader
+from clipward.errors import InputError, first_line
 
 
 class CelebAHQDataModule(L.LightningDataModule):

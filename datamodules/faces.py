@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.loading import training_loader
+from clipward.datamodules.loading import training_loader
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "gender": ("woman", "man"),

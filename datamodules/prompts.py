@@ -10,7 +10,7 @@ from typing import Any, Literal
 import lightning as L
 from torch.utils.data import DataLoader, IterableDataset
 
-from errors import InputError, first_line
+from clipward.errors import InputError, first_line
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffusion.classifier import Classifier, save_classifier
-from diffusion.schedule import Schedule, ScheduleName
-from errors import InputError
-from lightning_modules.degrade import degrade, diffuse
-from lightning_modules.optim import OptimConfig, adamw
-from lightning_modules.reproducible import Reproducible
+from clipward.diffusion.schedule import Schedule, ScheduleName
+from clipward.errors import InputError
+from clipward.lightning_modules.degrade import degrade, diffuse
+from clipward.lightning_modules.optim import OptimConfig, adamw
+from clipward.lightning_modules.reproducible import Reproducible
+from clipward.networks.classifier import Classifier, save_classifier
 
 
 class ClassifierModule(Reproducible):
@@ -22,7 +22,7 @@ class ClassifierModule(Reproducible):
         width: of the network.
         save_path: the safetensors file that is written at the end of ``fit``; none is written without it.
         optim: the optimiser and its schedule.
-        max_noise: as in :class:`lightning_modules.clip.ClipModule`.
+        max_noise: as in :class:`clipward.lightning_modules.clip.ClipModule`.
         blur: likewise.
         noise_aware: learn from x_t at a random t, for classifier guidance (Dhariwal & Nichol 2021).
         schedule: of that t.

@@ -8,7 +8,12 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from diffusion.clip import (
+from clipward.diffusion.schedule import Schedule, ScheduleName
+from clipward.errors import InputError
+from clipward.lightning_modules.degrade import degrade, diffuse
+from clipward.lightning_modules.optim import OptimConfig, adamw
+from clipward.lightning_modules.reproducible import Reproducible
+from clipward.networks.clip import (
     OPENAI_PREPROCESSING,
     Clip,
     contrastive_loss,
@@ -18,12 +23,7 @@ from diffusion.clip import (
     preprocess,
     save_folder,
 )
-from diffusion.noise_level import LevelledConv
-from diffusion.schedule import Schedule, ScheduleName
-from errors import InputError
-from lightning_modules.degrade import degrade, diffuse
-from lightning_modules.optim import OptimConfig, adamw
-from lightning_modules.reproducible import Reproducible
+from clipward.networks.noise_level import LevelledConv
 
 
 class ClipModule(Reproducible):
@@ -33,8 +33,8 @@ class ClipModule(Reproducible):
         embed_dim: length of the features that pictures and texts share.
         vision: open_clip's ``vision_cfg``: ``image_size``, ``layers``, ``width``, …
         text: open_clip's ``text_cfg``: ``context_length``, ``width``, ``heads``, ``layers``, …
-        clip: a CLIP to start from, as :meth:`diffusion.clip.Clip.load` names it; a folder, for its sizes are those of
-            the three arguments above, which give way to it.
+        clip: a CLIP to start from, as :meth:`clipward.networks.clip.Clip.load` names it; a folder, for its sizes are
+            those of the three arguments above, which give way to it.
         noise_aware: the image tower sees (x_t, t) at a random t, as GLIDE's did (Nichol et al. 2022).
         schedule: of that t.
         save_dir: the folder that is written at the end of ``fit``; none is written without it.

@@ -11,21 +11,23 @@ from lightning.pytorch.utilities.memory import garbage_collection_cuda, is_oom_e
 from torch import Tensor
 from tqdm import tqdm
 
-from diffusion.architecture import Architecture, default_var_type
-from diffusion.bound import variational_bound
-from diffusion.denoiser import NetworkDenoiser, Parametrisation, VarType, to_x0, training_target
-from diffusion.guidance import Clamp, GuidanceError, GuidedDenoiser, RefuseFlat, Within
-from diffusion.methods import METHODS, Method, SamplingConfig
-from diffusion.sampling import Noise, Update, ancestral, ddim, sample
-from diffusion.schedule import Betas, Schedule, ScheduleName, Step, time_travel
-from diffusion.unet import UNet, UNetConfig
-from diffusion.weights import Weights, load_weights, save_weights, state_hash
-from errors import InputError
-from lightning_modules.critics import Critics, spared
-from lightning_modules.ema import EMA
-from lightning_modules.optim import OptimConfig, adamw
-from lightning_modules.reproducible import Reproducible
-from lightning_modules.sharding import fill, shard
+from clipward.diffusion.bound import variational_bound
+from clipward.diffusion.denoiser import NetworkDenoiser, Parametrisation, VarType, to_x0, training_target
+from clipward.diffusion.sampling import Noise, Update, ancestral, ddim, sample
+from clipward.diffusion.schedule import Betas, Schedule, ScheduleName, Step, time_travel
+from clipward.errors import InputError
+from clipward.files import state_hash
+from clipward.guidance.core import Clamp, GuidanceError, GuidedDenoiser, RefuseFlat, Within
+from clipward.guidance.methods import METHODS, Method
+from clipward.guidance.models import Critics, spared
+from clipward.lightning_modules.ema import EMA
+from clipward.lightning_modules.optim import OptimConfig, adamw
+from clipward.lightning_modules.reproducible import Reproducible
+from clipward.networks.sharding import fill, shard
+from clipward.networks.unet import UNet, UNetConfig
+from clipward.sampler import SamplingConfig
+from clipward.weights.architecture import Architecture, Weights, default_var_type
+from clipward.weights.load import load_weights, save_weights
 
 
 class DDPMModule(Reproducible):
@@ -39,12 +41,12 @@ class DDPMModule(Reproducible):
         betas: the first and the last β of the schedule, where it has no own.
         parametrisation: what the network puts out.
         weights: a file or folder to start from, or the name of a diffusers model on the hub, in ``fit`` too; see
-            :func:`diffusion.weights.load_weights`. It says itself what network it is for, and the arguments above give
+            :func:`clipward.weights.load.load_weights`. It says itself what network it is for, and the arguments above give
             way to it.
         use_ema: take the averaged weights of a file that has those that train too.
         default_weights: what ``predict`` and ``test`` start from where ``weights`` and ``ckpt_path`` are not given;
             ``fit`` does not look at it.
-        clip: what guides, as :meth:`diffusion.clip.Clip.load` names it; several are averaged. Needed only where there
+        clip: what guides, as :meth:`clipward.networks.clip.Clip.load` names it; several are averaged. Needed only where there
             is a text.
         clip_weights: of each CLIP in the average, relative to the others; equal ones by default.
         noisy_clip: a noise-aware CLIP, for the methods that look at x_t.

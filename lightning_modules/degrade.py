@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion.schedule import Schedule
+from clipward.diffusion.schedule import Schedule
 
 
 def degrade(image: Tensor, max_noise: float, blur: bool) -> Tensor:

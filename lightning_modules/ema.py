@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.sharding import fill, own_parameters, whole_tensor
+from clipward.networks.sharding import fill, own_parameters, whole_tensor
 
 
 class EMA:

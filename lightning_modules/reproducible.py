@@ -5,7 +5,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from diffusion.sampling import seed_of
+from clipward.diffusion.sampling import seed_of
 
 
 class Reproducible(L.LightningModule):

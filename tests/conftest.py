@@ -9,14 +9,14 @@ import pytest
 import torch
 import yaml
 
-from datamodules.faces import FacesDataModule
-from diffusion.architecture import Architecture
-from diffusion.clip import OPENAI_PREPROCESSING, new_model, save_folder
-from diffusion.methods import SamplingConfig
-from diffusion.unet import UNet, UNetConfig
-from diffusion.weights import Weights, save_weights
-from lightning_modules.ddpm import DDPMModule
-from lightning_modules.optim import OptimConfig
+from clipward.datamodules.faces import FacesDataModule
+from clipward.lightning_modules.ddpm import DDPMModule
+from clipward.lightning_modules.optim import OptimConfig
+from clipward.networks.clip import OPENAI_PREPROCESSING, new_model, save_folder
+from clipward.networks.unet import UNet, UNetConfig
+from clipward.sampler import SamplingConfig
+from clipward.weights.architecture import Architecture, Weights
+from clipward.weights.load import save_weights
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).parent.parent

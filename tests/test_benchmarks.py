@@ -5,9 +5,9 @@ import pytest
 
 from benchmarks.methods import METHODS, chosen, compare
 from benchmarks.scaling import FIT, PREDICT, measured
-from callbacks.judging import load_rows
-from datamodules.faces import caption
-from diffusion import methods
+from clipward.datamodules.faces import caption
+from clipward.evaluation.report import load_rows
+from clipward.guidance import methods
 
 ROOT = Path(__file__).parent.parent
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from diffusion.bound import variational_bound
-from diffusion.schedule import Schedule
+from clipward.diffusion.bound import variational_bound
+from clipward.diffusion.schedule import Schedule
 
 
 @pytest.mark.parametrize("t", [0, 1, 400, 999])

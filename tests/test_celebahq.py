@@ -6,8 +6,8 @@ import torch
 from datasets import Dataset, Image
 from PIL import Image as Pillow
 
-from datamodules.celebahq import CelebAHQDataModule
-from errors import InputError
+from clipward.datamodules.celebahq import CelebAHQDataModule
+from clipward.errors import InputError
 
 
 @pytest.fixture

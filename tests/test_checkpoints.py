@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from callbacks.checkpoints import WholeCheckpointIO, check, last_checkpoint
-from errors import InputError
+from clipward.callbacks.checkpoints import WholeCheckpointIO, check, last_checkpoint
+from clipward.errors import InputError
 
 
 def saved(folder: Path, *names: str) -> list[Path]:

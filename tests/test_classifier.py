@@ -6,11 +6,11 @@ import yaml
 from conftest import tiny_faces, tiny_trainer
 from torch.utils.data import DataLoader
 
-from datamodules.faces import ATTRIBUTES, Faces, FacesDataModule, attributes, caption
-from diffusion.classifier import Classifier, load_classifier
-from errors import InputError
-from lightning_modules.classifier import ClassifierModule
-from lightning_modules.optim import OptimConfig
+from clipward.datamodules.faces import ATTRIBUTES, Faces, FacesDataModule, attributes, caption
+from clipward.errors import InputError
+from clipward.lightning_modules.classifier import ClassifierModule
+from clipward.lightning_modules.optim import OptimConfig
+from clipward.networks.classifier import Classifier, load_classifier
 
 CONFIG = yaml.safe_load((Path(__file__).parent.parent / "configs/faces_judge.yaml").read_text())
 VOCABULARY = CONFIG["model"]["init_args"]["vocabulary"]

@@ -12,9 +12,9 @@ from layouts import Pesser
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cli import main
-from diffusion.classifier import Classifier, save_classifier
-from diffusion.weights import load_weights
+from clipward.cli import main
+from clipward.networks.classifier import Classifier, save_classifier
+from clipward.weights.load import load_weights
 
 
 def predict(config: str, out: Path, *more: str) -> None:

@@ -6,10 +6,10 @@ import torch
 from conftest import TINY_CLIP
 from PIL import Image
 
-from diffusion.clip import OPENAI_PREPROCESSING, Clip, new_model, preprocess
-from diffusion.losses import ClipSimilarity, Ensemble
-from errors import InputError
-from lightning_modules.degrade import degrade
+from clipward.errors import InputError
+from clipward.guidance.objectives import ClipSimilarity, Ensemble
+from clipward.lightning_modules.degrade import degrade
+from clipward.networks.clip import OPENAI_PREPROCESSING, Clip, new_model, preprocess
 
 
 def test_the_folder_is_one_that_open_clip_loads(tiny_clip: Path) -> None:

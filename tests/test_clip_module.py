@@ -4,14 +4,14 @@ import pytest
 import torch
 from conftest import TINY_CLIP, randomise, tiny_faces, tiny_trainer
 
-from diffusion.clip import OPENAI_PREPROCESSING, Clip, make_noise_aware, new_model, save_folder
-from diffusion.losses import ClipSimilarity
-from diffusion.noise_level import LevelledConv
-from diffusion.schedule import Schedule
-from errors import InputError
-from lightning_modules.clip import ClipModule
-from lightning_modules.degrade import diffuse
-from lightning_modules.optim import OptimConfig
+from clipward.diffusion.schedule import Schedule
+from clipward.errors import InputError
+from clipward.guidance.objectives import ClipSimilarity
+from clipward.lightning_modules.clip import ClipModule
+from clipward.lightning_modules.degrade import diffuse
+from clipward.lightning_modules.optim import OptimConfig
+from clipward.networks.clip import OPENAI_PREPROCESSING, Clip, make_noise_aware, new_model, save_folder
+from clipward.networks.noise_level import LevelledConv
 
 
 def test_a_new_level_changes_nothing() -> None:

@@ -5,13 +5,15 @@ import torch
 import yaml
 from conftest import TINY_CLIP, randomise, tiny_module, tiny_trainer
 
-from datamodules.prompts import PromptDataModule
-from diffusion.classifier import Classifier, save_classifier
-from diffusion.clip import OPENAI_PREPROCESSING, make_noise_aware, new_model, save_folder
-from diffusion.losses import ClipAnswer, opposed
-from diffusion.methods import METHODS, SamplingConfig
-from errors import InputError
-from lightning_modules.ddpm import DDPMModule
+from clipward.datamodules.prompts import PromptDataModule
+from clipward.errors import InputError
+from clipward.guidance.contrasts import opposed
+from clipward.guidance.methods import METHODS
+from clipward.guidance.objectives import ClipAnswer
+from clipward.lightning_modules.ddpm import DDPMModule
+from clipward.networks.classifier import Classifier, save_classifier
+from clipward.networks.clip import OPENAI_PREPROCESSING, make_noise_aware, new_model, save_folder
+from clipward.sampler import SamplingConfig
 
 CONFIG = yaml.safe_load((Path(__file__).parent.parent / "configs/faces_classifier.yaml").read_text())
 VOCABULARY = CONFIG["model"]["init_args"]["vocabulary"]

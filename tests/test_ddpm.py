@@ -8,20 +8,20 @@ from conftest import TINY_CLIP, TINY_UNET, randomise, tiny_faces, tiny_module, t
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from callbacks.guided_samples import GuidedSamples
-from datamodules.prompts import PromptDataModule
-from diffusion import guidance
-from diffusion.architecture import Architecture
-from diffusion.bound import variational_bound
-from diffusion.clip import OPENAI_PREPROCESSING, Clip, new_model, save_folder
-from diffusion.guidance import GuidanceError
-from diffusion.losses import ClipSimilarity
-from diffusion.methods import SamplingConfig
-from diffusion.unet import UNet
-from diffusion.weights import Weights, load_weights, save_weights
-from errors import InputError
-from lightning_modules.ddpm import DDPMModule
-from lightning_modules.optim import OptimConfig
+from clipward.callbacks.guided_samples import GuidedSamples
+from clipward.datamodules.prompts import PromptDataModule
+from clipward.diffusion.bound import variational_bound
+from clipward.errors import InputError
+from clipward.guidance import core as guidance
+from clipward.guidance.core import GuidanceError
+from clipward.guidance.objectives import ClipSimilarity
+from clipward.lightning_modules.ddpm import DDPMModule
+from clipward.lightning_modules.optim import OptimConfig
+from clipward.networks.clip import OPENAI_PREPROCESSING, Clip, new_model, save_folder
+from clipward.networks.unet import UNet
+from clipward.sampler import SamplingConfig
+from clipward.weights.architecture import Architecture, Weights
+from clipward.weights.load import load_weights, save_weights
 
 
 def fitted(root: Path, steps: int = 12, callbacks: tuple = (), precision: str = "32-true", **kwargs) -> DDPMModule:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cli import main
+from clipward.cli import main
 
 ROOT = Path(__file__).parent.parent
 DOCS = [

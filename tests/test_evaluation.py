@@ -9,14 +9,15 @@ import pytest
 import torch
 import yaml
 
-from callbacks.evaluation import markdown
-from callbacks.judging import Judges, Reference, frechet, jackknife, kernel, load_rows, save_rows, summarise
-from datamodules.faces import FacesDataModule
-from diffusion.classifier import Classifier, save_classifier
-from diffusion.clip import Clip
-from diffusion.judge import load_judge, obeys, seen
-from errors import InputError
-from lightning_modules.critics import Critics
+from clipward.datamodules.faces import FacesDataModule
+from clipward.errors import InputError
+from clipward.evaluation.judges import Judges, load_judge, obeys, seen
+from clipward.evaluation.metrics import frechet, jackknife, kernel
+from clipward.evaluation.reference import Reference
+from clipward.evaluation.report import load_rows, markdown, save_rows, summarise
+from clipward.guidance.models import Critics
+from clipward.networks.classifier import Classifier, save_classifier
+from clipward.networks.clip import Clip
 
 PEAK = 7 * 2**30
 JUDGE = Path(__file__).parent.parent / "configs/faces_judge.yaml"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.faces import ATTRIBUTES, Faces, FacesDataModule, attributes, caption, describe, draw
+from clipward.datamodules.faces import ATTRIBUTES, Faces, FacesDataModule, attributes, caption, describe, draw
 
 
 def test_a_face_is_a_function_of_seed_and_index() -> None:
@@ -26,7 +26,7 @@ def test_attributes_are_balanced() -> None:
 @pytest.mark.parametrize("name", ATTRIBUTES)
 def test_every_attribute_shows(name: str) -> None:
     """The same face with another value differs, and not by a hair's breadth."""
-    from datamodules.faces import _Pen
+    from clipward.datamodules.faces import _Pen
 
     base = attributes(0, 5)
     pictures = []

@@ -1,7 +1,7 @@
 import pytest
 from PIL import Image
 
-from callbacks.figure import GAP, Cell, figure
+from clipward.callbacks.figure import GAP, Cell, figure
 
 
 def test_rows_share_a_seed_and_columns_a_text_and_weight() -> None:

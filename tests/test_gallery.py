@@ -5,7 +5,7 @@ import pytest
 from datasets import load_dataset
 from PIL import Image
 
-from callbacks.gallery import Gallery
+from clipward.callbacks.gallery import Gallery
 
 
 def row(index: int) -> dict:

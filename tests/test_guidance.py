@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffusion.denoiser import Prediction, to_eps
-from diffusion.guidance import (
+from clipward.diffusion.denoiser import Prediction, to_eps
+from clipward.diffusion.sampling import Noise, ancestral, ddim, sample
+from clipward.diffusion.schedule import Schedule, Step
+from clipward.guidance.core import (
     Clamp,
     GradientGuidance,
     GuidanceError,
@@ -24,8 +26,6 @@ from diffusion.guidance import (
     shift_mean,
     shift_x0,
 )
-from diffusion.sampling import Noise, ancestral, ddim, sample
-from diffusion.schedule import Schedule, Step
 
 TAU2, RHO2, Y = 0.5, 0.25, 0.8
 POSTERIOR_MEAN, POSTERIOR_VAR = Y * TAU2 / (TAU2 + RHO2), TAU2 * RHO2 / (TAU2 + RHO2)

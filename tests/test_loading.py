@@ -1,7 +1,7 @@
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.loading import training_loader
+from clipward.datamodules.loading import training_loader
 
 
 class Numbered(Dataset[dict]):

@@ -9,15 +9,15 @@ from conftest import randomise
 from diffusers import DDPMScheduler
 from torch import Tensor
 
-from diffusion.classifier import Classifier
-from diffusion.clip import Clip, make_noise_aware
-from diffusion.denoiser import NetworkDenoiser
-from diffusion.guidance import Clamp, GuidedDenoiser
-from diffusion.losses import ClassifierAnswer, ClipSimilarity, Critic, Ensemble, Scaled
-from diffusion.methods import METHODS
-from diffusion.sampling import Noise, ancestral
-from diffusion.schedule import Schedule
-from diffusion.unet import UNet, UNetConfig
+from clipward.diffusion.denoiser import NetworkDenoiser
+from clipward.diffusion.sampling import Noise, ancestral
+from clipward.diffusion.schedule import Schedule
+from clipward.guidance.core import Clamp, GuidedDenoiser
+from clipward.guidance.methods import METHODS
+from clipward.guidance.objectives import ClassifierAnswer, ClipSimilarity, Critic, Ensemble, Scaled
+from clipward.networks.classifier import Classifier
+from clipward.networks.clip import Clip, make_noise_aware
+from clipward.networks.unet import UNet, UNetConfig
 
 TEXTS, WEIGHTS = ["a man", "a girl with red hair"], torch.tensor([80.0, 30.0])
 T, S = 700, 680

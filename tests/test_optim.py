@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lightning_modules.optim import OptimConfig, adamw
+from clipward.lightning_modules.optim import OptimConfig, adamw
 
 
 def test_the_rate_rises_stays_level_and_falls() -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 import datasets
 import pytest
 
-from datamodules.prompts import Dealt, PromptDataModule, Request
-from errors import InputError
+from clipward.datamodules.prompts import Dealt, PromptDataModule, Request
+from clipward.errors import InputError
 
 
 def test_seeds_by_texts_by_weights_with_the_unguided_first() -> None:

@@ -5,12 +5,12 @@ import torch
 from conftest import TINY_UNET, randomise
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from diffusion.denoiser import NetworkDenoiser, Prediction
-from diffusion.guidance import Clamp, GuidedDenoiser
-from diffusion.sampling import Noise, ancestral, ddim, sample
-from diffusion.schedule import Schedule, time_travel
-from diffusion.unet import UNet
-from errors import InputError
+from clipward.diffusion.denoiser import NetworkDenoiser, Prediction
+from clipward.diffusion.sampling import Noise, ancestral, ddim, sample
+from clipward.diffusion.schedule import Schedule, time_travel
+from clipward.errors import InputError
+from clipward.guidance.core import Clamp, GuidedDenoiser
+from clipward.networks.unet import UNet
 
 PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 SHAPE = (3, 16, 16)

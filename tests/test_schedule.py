@@ -4,8 +4,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from diffusion.schedule import Schedule, time_travel
-from errors import InputError
+from clipward.diffusion.schedule import Schedule, time_travel
+from clipward.errors import InputError
 
 
 @pytest.mark.parametrize(("name", "theirs"), [("linear", "linear"), ("cosine", "squaredcos_cap_v2")])

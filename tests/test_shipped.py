@@ -13,14 +13,14 @@ from datasets import Image as ImageFeature
 from layouts import Pesser
 from PIL import Image
 
-from cli import main
-from datamodules.faces import ATTRIBUTES, Faces, caption
-from diffusion.architecture import Architecture
-from diffusion.classifier import load_classifier, named
-from diffusion.clip import Clip
-from diffusion.losses import opposed
-from diffusion.unet import UNet, UNetConfig
-from diffusion.weights import load_weights
+from clipward.cli import main
+from clipward.datamodules.faces import ATTRIBUTES, Faces, caption
+from clipward.guidance.contrasts import opposed
+from clipward.networks.classifier import load_classifier, named
+from clipward.networks.clip import Clip
+from clipward.networks.unet import UNet, UNetConfig
+from clipward.weights.architecture import Architecture
+from clipward.weights.load import load_weights
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "checkpoints/faces64"

@@ -15,8 +15,8 @@ import torch
 from conftest import ROOT, metadata
 from PIL import Image
 
-from callbacks.checkpoints import last_checkpoint
-from callbacks.gallery import Gallery
+from clipward.callbacks.checkpoints import last_checkpoint
+from clipward.callbacks.gallery import Gallery
 
 REQUESTS = ["--text", "an old man", "a girl", "--guidance_weight", "20", "--n_samples", "3", "--unguided", "false"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -136,7 +136,7 @@ trainer:
   callbacks:
     - class_path: lightning.pytorch.callbacks.ModelCheckpoint
       init_args: {every_n_train_steps: EVERY, save_last: true, save_on_exception: true, save_top_k: -1}
-    - class_path: callbacks.guided_samples.GuidedSamples
+    - class_path: clipward.callbacks.guided_samples.GuidedSamples
       init_args: {text: [an old man], n_samples: 1, every_n_steps: 7}
 data:
   init_args: {train_count: 80}

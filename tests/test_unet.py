@@ -2,8 +2,8 @@ import pytest
 import torch
 from conftest import randomise
 
-from diffusion.unet import UNet, UNetConfig
-from errors import InputError
+from clipward.errors import InputError
+from clipward.networks.unet import UNet, UNetConfig
 
 
 def test_a_patch_folds_pixels_into_channels() -> None:

@@ -9,13 +9,14 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from layouts import OpenAI, Pesser
 from safetensors.torch import load_file, save_file
 
-from diffusion.architecture import Architecture
-from diffusion.denoiser import NetworkDenoiser
-from diffusion.sampling import ancestral
-from diffusion.schedule import Schedule
-from diffusion.unet import UNet, UNetConfig
-from diffusion.weights import Weights, load_weights, save_diffusers, save_weights
-from errors import InputError
+from clipward.diffusion.denoiser import NetworkDenoiser
+from clipward.diffusion.sampling import ancestral
+from clipward.diffusion.schedule import Schedule
+from clipward.errors import InputError
+from clipward.networks.unet import UNet, UNetConfig
+from clipward.weights.architecture import Architecture, Weights
+from clipward.weights.diffusers import save_diffusers
+from clipward.weights.load import load_weights, save_weights
 
 T = torch.tensor([0, 17, 999])
 
@@ -156,7 +157,7 @@ def test_the_schedulers_settings_are_obeyed(scheduler: dict, tmp_path: Path) -> 
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(5))
     pred = NetworkDenoiser(lambda x, t: out, ours.parametrisation, ours.var_type)(x, schedule.step(t, t - 1))
     if ours.clip_denoised:
-        from diffusion.guidance import Clamp
+        from clipward.guidance.core import Clamp
 
         pred = Clamp()(pred, x, schedule.step(t, t - 1))
     torch.testing.assert_close(

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffusion.noise_level import LevelledConv
-from diffusion.weights import read_safetensors, whole
-from errors import InputError
+from clipward.errors import InputError
+from clipward.files import read_safetensors, whole
+from clipward.networks.noise_level import LevelledConv
 
 FORMAT = "clipward-classifier-1"
 Vocabulary = dict[str, dict[str, list[str]]]

@@ -25,8 +25,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from diffusion.denoiser import Denoiser, Prediction, to_eps
-from diffusion.schedule import Step
+from clipward.diffusion.denoiser import Denoiser, Prediction, to_eps
+from clipward.diffusion.schedule import Step
 
 FLAT = 0.01  # standard deviation of a picture in [-1, 1] in which nothing can be seen
 
@@ -159,7 +159,6 @@ class RefuseFlat:
 
 
 # where the gradient is taken: (loss, pred, x, step) -> (B, C, H, W)
-
 Gradient = Callable[[Loss, Prediction, Tensor, Step], Tensor]
 
 
@@ -206,7 +205,6 @@ def _derivative(scores: Tensor, at: Tensor) -> Tensor:
 
 
 # how it is injected: (pred, s·g, step) -> Prediction
-
 Shift = Callable[[Prediction, Tensor, Step], Prediction]
 
 
@@ -235,7 +233,6 @@ def shift_x0(pred: Prediction, direction: Tensor, step: Step) -> Prediction:
 
 
 # how strong, beside the weight: (g, pred, step) -> a factor, (B, 1, 1, 1) or a number
-
 Scale = Callable[[Tensor, Prediction, Step], Tensor | float]
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion.unet import time_embedding
+from clipward.networks.unet import time_embedding
 
 
 class LevelledConv(nn.Module):

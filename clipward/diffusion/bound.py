@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from diffusion.schedule import Schedule
+from clipward.diffusion.schedule import Schedule
 
 
 def variational_bound(

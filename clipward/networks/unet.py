@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from errors import InputError
+from clipward.errors import InputError
 
 
 @dataclass(frozen=True)

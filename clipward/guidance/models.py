@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from diffusion.classifier import Classifier, load_classifier
-from diffusion.clip import Clip
-from diffusion.losses import ClassifierAnswer, ClipAnswer, ClipSimilarity, Critic, Ensemble, Named, Scaled
-from diffusion.methods import Kind, Method
-from diffusion.weights import state_hash
-from errors import InputError
-from lightning_modules.sharding import shard
+from clipward.errors import InputError
+from clipward.files import state_hash
+from clipward.guidance.methods import Kind, Method
+from clipward.guidance.objectives import ClassifierAnswer, ClipAnswer, ClipSimilarity, Critic, Ensemble, Named, Scaled
+from clipward.networks.classifier import Classifier, load_classifier
+from clipward.networks.clip import Clip
+from clipward.networks.sharding import shard
 
 LARGE = 200_000_000  # parameters of an image tower that is worth sharding: ViT-L and larger
 

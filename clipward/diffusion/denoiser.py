@@ -6,8 +6,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from diffusion.schedule import Step
-from errors import InputError
+from clipward.diffusion.schedule import Step
+from clipward.errors import InputError
 
 Parametrisation = Literal["eps", "x0", "v"]
 VarType = Literal["fixed_small", "fixed_large", "learned_range"]

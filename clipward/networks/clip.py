@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from diffusion.noise_level import LevelledConv
-from diffusion.weights import read_safetensors, state_hash, whole
-from errors import InputError, first_line
+from clipward.errors import InputError, first_line
+from clipward.files import read_safetensors, state_hash, whole
+from clipward.networks.noise_level import LevelledConv
 
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
 LEVEL_FILE = "noise_level.safetensors"  # what makes it noise-aware

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from errors import InputError
+from clipward.errors import InputError
 
 SkipType = Literal["uniform", "uniform2", "quad"]
 ScheduleName = Literal["linear", "scaled_linear", "cosine"]

@@ -4,10 +4,12 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from diffusion.denoiser import Parametrisation, VarType
-from diffusion.schedule import Betas, ScheduleName
-from diffusion.unet import UNetConfig
-from errors import InputError
+from torch import Tensor, nn
+
+from clipward.diffusion.denoiser import Parametrisation, VarType
+from clipward.diffusion.schedule import Betas, ScheduleName
+from clipward.errors import InputError
+from clipward.networks.unet import UNetConfig
 
 
 def default_var_type(unet: UNetConfig) -> VarType:
@@ -58,3 +60,28 @@ class Architecture:
         """The first thing that ``other`` has another value of, or nothing."""
         ours, theirs = ({**d, **d["unet"], "unet": None} for d in (self.to_dict(), other.to_dict()))
         return next((f"{k} {ours[k]}, not {theirs[k]}" for k in ours if ours[k] != theirs[k]), "")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A U-Net's parameters by name, and what they are the parameters of."""
+
+    architecture: Architecture
+    state: dict[str, Tensor]
+
+    def into(self, network: nn.Module) -> None:
+        """Copy into ``network``.
+
+        Raises:
+            InputError: on the first key that is missing, extra or of another shape.
+        """
+        own = network.state_dict()
+        for name in sorted({*own, *self.state}):
+            if name not in self.state:
+                raise InputError(f"weights: the key {name} {tuple(own[name].shape)} is missing")
+            if name not in own:
+                raise InputError(f"weights: the key {name} {tuple(self.state[name].shape)} is none of this network's")
+            if own[name].shape != self.state[name].shape:
+                given, wanted = tuple(self.state[name].shape), tuple(own[name].shape)
+                raise InputError(f"weights: the key {name} has the shape {given}; {wanted} would do")
+        network.load_state_dict(self.state)

@@ -1,11 +1,98 @@
-"""The JSON of a diffusers folder: a ``UNet2DModel``'s config and a ``DDPMScheduler``'s, to and from ours."""
+"""diffusers: a ``UNet2DModel``'s and a ``DDPMScheduler``'s JSON and keys, to and from ours; and the hub."""
 
+import json
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from diffusion.architecture import Architecture, default_var_type
-from diffusion.unet import UNetConfig
-from errors import InputError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from clipward.errors import InputError, first_line
+from clipward.files import _read_json, _storable, whole_folder
+from clipward.networks.unet import UNetConfig
+from clipward.weights.architecture import Architecture, Weights, default_var_type
+from clipward.weights.keys import Naming, State, named, renamed
+
+
+def save_diffusers(folder: Path, weights: Weights) -> None:
+    """Write a folder that diffusers' ``DDPMPipeline.from_pretrained`` opens, whole or not at all.
+
+    Raises:
+        InputError: where diffusers has no such network.
+    """
+    configs = configs_of(weights.architecture)
+    naming = diffusers_naming(len(weights.architecture.unet.channels))
+    state = {named(name, naming): value for name, value in weights.state.items()}
+    with whole_folder(folder) as aside:
+        for name, config in configs.items():
+            (aside / name).parent.mkdir(parents=True, exist_ok=True)
+            (aside / name).write_text(json.dumps(config, indent=2) + "\n")
+        save_file(_storable(state), aside / "unet/diffusion_pytorch_model.safetensors", {"format": "pt"})
+
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(?<!\.ckpt)(?<!\.pt)(?<!\.pth)(?<!\.bin)(?<!\.safetensors)")
+
+
+def _diffusers(folder: Path, state: dict[str, Tensor]) -> Weights:
+    """``folder`` is the one with the network's ``config.json``; the scheduler's lies in it or beside it."""
+    places = (folder / "scheduler_config.json", folder.parent / "scheduler" / "scheduler_config.json")
+    scheduler = next((place for place in places if place.is_file()), None)
+    if scheduler is None:
+        raise InputError(f"weights: {folder} has no scheduler_config.json; one of a DDPMScheduler would do")
+    config = _read_json(folder / "config.json")
+    architecture = architecture_of(config, _read_json(scheduler))
+    naming, sines_first = diffusers_naming(len(architecture.unet.channels)), not config.get("flip_sin_to_cos", True)
+    return Weights(architecture, renamed(up_to_date(state), architecture.unet, naming, sines_first))
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    configs = ["*config.json", "model_index.json"]
+    try:
+        for kind in ("safetensors", "bin"):
+            files = [f"{folder}diffusion_pytorch_model.{kind}" for folder in ("", "unet/")]
+            folder = Path(snapshot_download(name, allow_patterns=configs + files))
+            if any((folder / file).is_file() for file in files):
+                break
+    except Exception as error:  # of the network, the hub or the disk
+        raise InputError(
+            f"weights: {name} is no file or folder, and the hub gives no such model ({first_line(error)})"
+        ) from error
+    return folder
+
+
+# diffusers' UNet2DModel
+def diffusers_naming(levels: int) -> Naming:
+    return [
+        *((f"down.{i}.resample", f"down_blocks.{i}.downsamplers.0") for i in range(levels)),
+        *((f"up.{i}.resample", f"up_blocks.{i}.upsamplers.0") for i in range(levels)),
+        ("time_in", "time_embedding.linear_1"),
+        ("time_out", "time_embedding.linear_2"),
+        ("middle.0", "mid_block.resnets.0"),
+        ("middle.1", "mid_block.attentions.0"),
+        ("middle.2", "mid_block.resnets.1"),
+        ("norm_out", "conv_norm_out"),
+        ("down", "down_blocks"),
+        ("up", "up_blocks"),
+        ("blocks", "resnets"),
+        ("time", "time_emb_proj"),
+        ("shortcut", "conv_shortcut"),
+        ("norm", "group_norm"),
+        ("query", "to_q"),
+        ("key", "to_k"),
+        ("value", "to_v"),
+        ("out", "to_out.0"),
+    ]
+
+
+def up_to_date(state: State) -> dict[str, Tensor]:
+    """A state of ``UNet2DModel`` with the names that attention layers have had since diffusers 0.13."""
+    since = [("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0")]
+    return {named(name, since): value for name, value in state.items()}
+
 
 VERSION = "0.35.0"  # of diffusers, whose names these are
 

@@ -1,21 +1,20 @@
 """What a picture is scored by. A loss is raised by guidance: higher is better."""
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from diffusion.classifier import Classifier, check_named
-from diffusion.clip import Clip, preprocess
-from diffusion.guidance import Loss
-from diffusion.schedule import Step
-from errors import InputError
+from clipward.diffusion.schedule import Step
+from clipward.errors import InputError
+from clipward.guidance.contrasts import opposed
+from clipward.guidance.core import Loss
+from clipward.networks.classifier import Classifier, check_named
+from clipward.networks.clip import Clip, preprocess
 
 Named = Callable[[str], Tensor]
 
@@ -208,25 +207,6 @@ class Range:
 
     def __call__(self, image: Tensor, step: Step) -> Tensor:
         return -((image - image.clamp(-1, 1)) ** 2).mean(dim=(1, 2, 3))
-
-
-def opposed(text: str, phrases: Sequence[str]) -> list[str]:
-    """What a text says with one of ``phrases`` exchanged for each of the others; nothing where it has none of them.
-
-    Of several it is the longest: in "a man with no glasses" the "no glasses", and not the "glasses".
-    """
-    for phrase in sorted(phrases, key=len, reverse=True):
-        pattern = re.compile(rf"\b(?:(a)n? )?{re.escape(phrase)}\b", re.IGNORECASE)
-        if pattern.search(text):
-            others = [other for other in phrases if other.lower() != phrase.lower()]
-            return [pattern.sub(partial(_exchanged, other), text) for other in others]
-    return []
-
-
-def _exchanged(other: str, match: re.Match) -> str:
-    if match[1] is None:
-        return other
-    return f"{match[1]}{'n' if other[0].lower() in 'aeiou' else ''} {other}"
 
 
 class ClipAnswer:

@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffusion.denoiser import Denoiser, Prediction
-from diffusion.schedule import Step
-from errors import InputError
+from clipward.diffusion.denoiser import Denoiser, Prediction
+from clipward.diffusion.schedule import Step
+from clipward.errors import InputError
 
 Draw = Callable[[], Tensor]
 Update = Callable[[Tensor, Prediction, Step, Draw], Tensor]

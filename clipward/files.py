@@ -1,0 +1,77 @@
+"""Files: written atomically, read without running code, known by a hash."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from clipward.errors import InputError
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A path beside ``path`` to write to; it takes its place at the end, and is gone if something went wrong."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.touch()
+    mode = aside.stat().st_mode  # safetensors would make a file that only its owner reads
+    try:
+        yield aside
+        aside.chmod(mode)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside ``path`` to write to, that takes its place at the end as a file of :func:`whole` does."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        aside.replace(path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _storable(state: dict[str, Tensor], half: bool = False) -> dict[str, Tensor]:
+    return {k: (v.half() if half else v).detach().contiguous().cpu() for k, v in state.items()}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise InputError(f"weights: {path} is no JSON ({error})") from error
+
+
+def read_safetensors(path: Path, field: str) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The metadata and the tensors, in float32, of a file that ``field`` names.
+
+    Raises:
+        InputError: where the file is missing or damaged.
+    """
+    if not path.is_file():
+        raise InputError(f"{field}: there is no file {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}, {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{field}: {path} is no safetensors file, or a damaged one ({error})") from error
+
+
+def state_hash(state: dict[str, Tensor]) -> str:
+    """SHA-256 over names and values, its first 16 digits: the same for the same weights in any file."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
