@@ -1,4 +1,4 @@
-"""Other projects' U-Nets, written anew from their published key names: random states, and what they compute."""
+"""Other projects' U-Nets, written from the names of their parameters: random states, and what they compute."""
 
 import math
 from dataclasses import dataclass

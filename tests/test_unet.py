@@ -19,5 +19,5 @@ def test_a_new_network_puts_out_zero() -> None:
 
 
 def test_channels_that_groups_do_not_divide_are_refused() -> None:
-    with pytest.raises(InputError, match=r"unet.channels: \[48, 80\] given; multiples of norm_groups \(32\)"):
+    with pytest.raises(InputError, match=r"unet.channels: got \[48, 80\], expected multiples of norm_groups \(32\)"):
         UNetConfig(channels=(48, 80))

@@ -55,13 +55,13 @@ class UNetConfig:
     def __post_init__(self) -> None:
         if any(c % self.norm_groups for c in self.channels):
             raise InputError(
-                f"unet.channels: {list(self.channels)} given; multiples of norm_groups ({self.norm_groups}) would do"
+                f"unet.channels: got {list(self.channels)}, expected multiples of norm_groups ({self.norm_groups})"
             )
         attended = {c for level, c in enumerate(self.channels) if level in self.attention_levels} | {self.channels[-1]}
         if self.head_channels is not None and any(c % self.head_channels for c in attended):
             raise InputError(
-                f"unet.head_channels: {self.head_channels} given; a divisor of {sorted(attended)}, the channels that "
-                "are attended to, would do"
+                f"unet.head_channels: got {self.head_channels}, expected a divisor of {sorted(attended)}, the channels "
+                "with attention"
             )
 
     @property

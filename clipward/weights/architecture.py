@@ -7,19 +7,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from clipward.diffusion.denoiser import Parametrisation, VarType
-from clipward.diffusion.schedule import Betas, ScheduleName
+from clipward.diffusion.schedule import Betas, Schedule, ScheduleName
 from clipward.errors import InputError
 from clipward.networks.unet import UNetConfig
 
 
-def default_var_type(unet: UNetConfig) -> VarType:
-    """The learned variance where there is one, else the small one."""
-    return "learned_range" if unet.learns_variance else "fixed_small"
-
-
 @dataclass(frozen=True)
 class Architecture:
-    """What must be known of a diffusion model to use its weights.
+    """What must be known of a diffusion model to use its weights: its network, schedule and sampling variance.
 
     Args:
         unet: the network's size.
@@ -28,8 +23,9 @@ class Architecture:
         num_timesteps: T, the number of noise levels.
         betas: the first and the last β of the schedule, where it has no own.
         parametrisation: what the network puts out.
-        var_type: the variance that it is sampled with, unless told otherwise.
-        clip_denoised: whether x̂0 is clamped to [-1, 1] at every step, unless told otherwise.
+        var_type: the variance that it is sampled with by default: the learned one where the network has one, else
+            the small one.
+        clip_denoised: whether x̂0 is clamped to [-1, 1] at every step by default.
     """
 
     unet: UNetConfig = field(default_factory=UNetConfig)
@@ -38,13 +34,24 @@ class Architecture:
     num_timesteps: int = 1000
     betas: Betas = (1e-4, 0.02)
     parametrisation: Parametrisation = "eps"
-    var_type: VarType = "fixed_small"
+    var_type: VarType | None = None
     clip_denoised: bool = True
 
     def __post_init__(self) -> None:
         stride = self.unet.stride
         if self.image_size % stride:
-            raise InputError(f"image_size: {self.image_size} given; a multiple of {stride} would do for this U-Net")
+            raise InputError(f"image_size: got {self.image_size}, expected a multiple of {stride} for this U-Net")
+        if self.var_type is None:
+            object.__setattr__(self, "var_type", "learned_range" if self.unet.learns_variance else "fixed_small")
+
+    @property
+    def variance(self) -> VarType:
+        """``var_type``, which is known once the object is made."""
+        assert self.var_type is not None
+        return self.var_type
+
+    def noise_schedule(self) -> Schedule:
+        return Schedule.from_name(self.schedule, self.num_timesteps, self.betas)
 
     def to_dict(self) -> dict[str, Any]:
         return json.loads(json.dumps(asdict(self)))
@@ -78,10 +85,11 @@ class Weights:
         own = network.state_dict()
         for name in sorted({*own, *self.state}):
             if name not in self.state:
-                raise InputError(f"weights: the key {name} {tuple(own[name].shape)} is missing")
+                raise InputError(f"weights: got no key {name}, expected one of shape {tuple(own[name].shape)}")
             if name not in own:
-                raise InputError(f"weights: the key {name} {tuple(self.state[name].shape)} is none of this network's")
+                shape = tuple(self.state[name].shape)
+                raise InputError(f"weights: got the key {name} of shape {shape}, expected no such key for this network")
             if own[name].shape != self.state[name].shape:
                 given, wanted = tuple(self.state[name].shape), tuple(own[name].shape)
-                raise InputError(f"weights: the key {name} has the shape {given}; {wanted} would do")
+                raise InputError(f"weights: got the key {name} of shape {given}, expected {wanted}")
         network.load_state_dict(self.state)

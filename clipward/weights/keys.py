@@ -1,8 +1,8 @@
-"""Other projects' U-Nets: what their keys are called, and what size of network they say.
+"""How other projects name the parameters of a U-Net, and what the names and shapes say about its size.
 
-A naming says what a key of our :class:`UNet` is called by them, as pairs (ours, theirs) of parts of a key between dots,
-where the first pair that matches is taken. It serves both ways: what we read is taken by their names, and what we write
-is put under them.
+A naming is a list of pairs (ours, theirs) of parts of a key, whole between its dots. A key of our :class:`UNet` is
+renamed from left to right, each time by the first pair that matches. The same naming reads another project's state and
+writes ours under their names.
 """
 
 import itertools
@@ -19,8 +19,8 @@ State = Mapping[str, Tensor]
 Naming = list[tuple[str, str]]
 
 
-def named(name: str, naming: Naming) -> str:
-    """Their name of our ``name``."""
+def rename_key(name: str, naming: Naming) -> str:
+    """The name that another project gives to our ``name``."""
     dotted, theirs = f"{name}.", ""
     while dotted:
         for old, new in naming:
@@ -33,14 +33,15 @@ def named(name: str, naming: Naming) -> str:
     return theirs[:-1]
 
 
-def renamed(state: State, config: UNetConfig, naming: Naming, sines_first: bool = True) -> dict[str, Tensor]:
-    """The state of ``UNet(config)`` out of another project's.
+def remap_state(state: State, config: UNetConfig, naming: Naming, sines_first: bool = True) -> dict[str, Tensor]:
+    """The state of ``UNet(config)``, in float32, from another project's state.
 
     Args:
-        state: by their names; 1×1 convolutions stand for linear layers, and a joint ``qkv`` for three of them.
+        state: tensors by their names. A 1×1 convolution may stand for a linear layer, and one ``qkv`` for the
+            query, the key and the value.
         config: of our network.
         naming: from our names to theirs.
-        sines_first: whether t is embedded by sines, then cosines, as ours is.
+        sines_first: whether their embedding of t has the sines before the cosines, as ours has.
 
     Raises:
         InputError: on the first key, by their name, that is missing, extra or of another shape.
@@ -49,50 +50,64 @@ def renamed(state: State, config: UNetConfig, naming: Naming, sines_first: bool 
         wanted = UNet(config).state_dict()
     ours = {}
     for name, parameter in wanted.items():
-        theirs = named(name, naming)
+        theirs, shape = rename_key(name, naming), parameter.shape
         if theirs not in state:
-            raise InputError(
-                f"weights: the key {theirs} is missing; one of the shape {tuple(parameter.shape)} would do"
-            )
+            raise InputError(f"weights: got no key {theirs}, expected one of shape {tuple(shape)}")
         value = state[theirs]
-        if ".qkv." in theirs:
-            value = _third(value, ("query", "key", "value").index(name.split(".")[-2]), config.head_channels)
-        if name == "time_in.weight" and not sines_first:
-            value = value.roll(value.shape[1] // 2, dims=1)
         if parameter.ndim == 2 and value.ndim > 2 and value.shape[2:].numel() == 1:
             value = value.flatten(1)
-        if value.shape != parameter.shape:
-            shapes = f"{tuple(value.shape)}; {tuple(parameter.shape)}"
-            raise InputError(f"weights: the key {theirs} has the shape {shapes} would do")
+        joint = ".qkv." in theirs
+        if joint:
+            shape = torch.Size([3 * shape[0], *shape[1:]])
+        if value.shape != shape:
+            given = tuple(state[theirs].shape)
+            raise InputError(f"weights: got the key {theirs} of shape {given}, expected {tuple(shape)}")
+        if joint:
+            value = _part_of_qkv(value, name.split(".")[-2], config.head_channels)
+        if name == "time_in.weight" and not sines_first:
+            value = value.roll(value.shape[1] // 2, dims=1)
         ours[name] = value.float().contiguous()
-    extra = sorted(set(state) - {named(name, naming) for name in wanted})
+    extra = sorted(set(state) - {rename_key(name, naming) for name in wanted})
     if extra:
         shape = tuple(state[extra[0]].shape)
-        raise InputError(f"weights: the key {extra[0]} {shape} is none of this network's; leaving it out would do")
+        raise InputError(f"weights: got the key {extra[0]} of shape {shape}, expected no such key for this network")
     return ours
 
 
-def _third(qkv: Tensor, index: int, head_channels: int | None) -> Tensor:
+def _part_of_qkv(qkv: Tensor, part: str, head_channels: int | None) -> Tensor:
     """Query, key or value of all heads, out of (heads · 3 · head_channels, …)."""
-    head_channels = head_channels or len(qkv) // 3
-    return qkv.unflatten(0, (-1, 3, head_channels))[:, index].flatten(0, 1)
+    heads = qkv.unflatten(0, (-1, 3, head_channels or len(qkv) // 3))
+    return heads[:, ("query", "key", "value").index(part)].flatten(0, 1)
 
 
-def measured(state: State, naming: Naming, **family: Any) -> UNetConfig:
-    """The size of a network by its state's shapes; what they don't show is the ``family``'s.
+def count_keys(state: State, pattern: str) -> int:
+    """How many of ``pattern`` with 0, 1, 2, … in place of ``{}`` are in ``state`` without a gap."""
+    return next(n for n in itertools.count() if pattern.format(n) not in state)
+
+
+def infer_config(state: State, naming: Naming, **family: Any) -> UNetConfig:
+    """The config of a network whose size is read from the shapes in its state.
+
+    Args:
+        state: tensors by their names.
+        naming: from our names to theirs.
+        family: the fields of the config that no shape shows.
 
     Raises:
-        InputError: where a key that shows the size is missing.
+        InputError: where a key that shows the size is missing, or has no such shape.
     """
 
     def shape(name: str) -> torch.Size:
-        theirs = named(name, naming)
+        theirs = rename_key(name, naming)
         if theirs not in state:
-            raise InputError(f"weights: the key {theirs} is missing")
+            raise InputError(f"weights: got no key {theirs}, expected a network of residual blocks")
+        if state[theirs].ndim < 2:
+            found = tuple(state[theirs].shape)
+            raise InputError(f"weights: got the key {theirs} of shape {found}, expected the weight of a layer")
         return state[theirs].shape
 
     def has(name: str) -> bool:
-        return named(name, naming) in state
+        return rename_key(name, naming) in state
 
     def count(pattern: str) -> int:
         return next(n for n in itertools.count() if not has(pattern.format(n)))
@@ -110,3 +125,8 @@ def measured(state: State, naming: Naming, **family: Any) -> UNetConfig:
         resblock_updown=has("down.0.resample.norm1.weight"),
         **family,
     )
+
+
+def infer_image_size(config: UNetConfig) -> int:
+    """Height and width of a network's pictures, where attention begins at 16×16 as in Ho et al.'s networks."""
+    return 16 * 2 ** min(config.attention_levels, default=len(config.channels) - 1)

@@ -1,15 +1,58 @@
-"""Dhariwal & Nichol's networks in the layout of openai/guided-diffusion, and RePaint's."""
+"""Dhariwal & Nichol's networks, by the names of openai/guided-diffusion; RePaint's are the same.
+
+A state does not say its schedule, which is the published one: linear β from 1e-4 to 0.02, T = 1000, predicted noise.
+
+Nor do its shapes say how attention is split into heads. The published networks have heads of 64 channels. A network
+that was trained with other settings (``num_head_channels``, ``num_heads``) needs ``head_channels``, and ``convert
+--head_channels`` writes a file that holds it. A network that was trained with ``use_new_attention_order`` has the same
+names and shapes, but another order of query, key and value: it cannot be recognised, and gives wrong pictures.
+"""
 
 from collections.abc import Sequence
+from pathlib import Path
 
-from clipward.weights.keys import Naming
+from clipward.weights.architecture import Architecture, Weights
+from clipward.weights.keys import Naming, State, count_keys, infer_config, remap_state
 
-# Dhariwal & Nichol's networks in openai/guided-diffusion, and RePaint's
-OPENAI = {"norm_eps": 1e-5, "head_channels": 64, "downsample_padding": 1, "freq_shift": 0}
+NAME = "openai/guided-diffusion"
+FAMILY = {"norm_eps": 1e-5, "downsample_padding": 1, "freq_shift": 0}
 
 
-def openai_naming(levels: int, num_res_blocks: int, attended: Sequence[int]) -> Naming:
-    """Theirs numbers the blocks of all levels in one list; ``attended`` are the levels with attention."""
+def matches(state: State) -> bool:
+    """Whether ``state`` has this project's names."""
+    return "time_embed.0.weight" in state
+
+
+def from_state(state: State, path: Path, head_channels: int | None = None) -> Weights:
+    """Our weights from theirs; the size of the pictures is the one whose coarsest level is 8×8, as published.
+
+    Args:
+        state: tensors by their names.
+        path: of the file.
+        head_channels: of an attention head, 64 by default; no shape shows it.
+
+    Raises:
+        InputError: where a key is missing, extra or of another shape.
+    """
+    blocks = count_keys(state, "output_blocks.{}.0.in_layers.0.weight")
+    joins = ("1.conv", "2.conv", "1.in_layers.0", "2.in_layers.0")
+    last = [n for n in range(blocks) if any(f"output_blocks.{n}.{join}.weight" in state for join in joins)]
+    num_res_blocks = min(last, default=max(blocks - 1, 0))  # the last block of a level leads to the next
+    levels = blocks // (num_res_blocks + 1)
+    attended = [i for i in range(levels) if f"input_blocks.{1 + i * (num_res_blocks + 1)}.1.qkv.weight" in state]
+    naming = naming_of(levels, num_res_blocks, attended)
+    unet = infer_config(state, naming, **FAMILY, head_channels=head_channels or 64)
+    return Weights(Architecture(unet, 8 * 2 ** (levels - 1)), remap_state(state, unet, naming, sines_first=False))
+
+
+def naming_of(levels: int, num_res_blocks: int, attended: Sequence[int]) -> Naming:
+    """From our names to theirs, which number the blocks of all levels in one list.
+
+    Args:
+        levels: how many.
+        num_res_blocks: on each level of the way down.
+        attended: the levels with attention, from the finest (0).
+    """
     stems, pitch = [], num_res_blocks + 1
     for i in range(levels):
         for j in range(num_res_blocks):

@@ -1,13 +1,35 @@
-"""Ho et al.'s networks in the layout of pesser/pytorch_diffusion and ermongroup/ddim."""
+"""Ho et al.'s networks, by the names of pesser/pytorch_diffusion and ermongroup/ddim.
 
-from clipward.weights.keys import Naming
+A state does not say its schedule, which is the published one: linear β from 1e-4 to 0.02, T = 1000, predicted noise.
+"""
 
-# Ho et al.'s networks in pesser/pytorch_diffusion and ermongroup/ddim
-HO = {"norm_eps": 1e-6, "head_channels": None, "downsample_padding": 0, "freq_shift": 1}
+from pathlib import Path
+
+from clipward.weights.architecture import Architecture, Weights
+from clipward.weights.keys import Naming, State, count_keys, infer_config, infer_image_size, remap_state
+
+NAME = "pesser/pytorch_diffusion"
+FAMILY = {"norm_eps": 1e-6, "head_channels": None, "downsample_padding": 0, "freq_shift": 1}
 
 
-def pesser_naming(levels: int) -> Naming:
-    """Theirs counts the levels from the finest on the way up too."""
+def matches(state: State) -> bool:
+    """Whether ``state`` has this project's names."""
+    return "temb.dense.0.weight" in state
+
+
+def from_state(state: State, path: Path, head_channels: int | None = None) -> Weights:
+    """Our weights from theirs; the size of the pictures is the one at which attention begins at 16×16.
+
+    Raises:
+        InputError: where a key is missing, extra or of another shape.
+    """
+    naming = naming_of(count_keys(state, "down.{}.block.0.conv1.weight"))
+    unet = infer_config(state, naming, **FAMILY | ({"head_channels": head_channels} if head_channels else {}))
+    return Weights(Architecture(unet, infer_image_size(unet)), remap_state(state, unet, naming))
+
+
+def naming_of(levels: int) -> Naming:
+    """From our names to theirs, which count the levels of the way up from the finest too."""
     ups = [(f"up.{i}", f"up.{levels - 1 - i}") for i in range(levels)]
     return [
         *((f"down.{i}.resample", f"down.{i}.downsample") for i in range(levels)),
