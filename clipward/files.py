@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,18 @@ from torch import Tensor
 
 from clipward.errors import InputError
 
+CONFIGS, CHECKPOINTS = (Path(str(resources.files(f"clipward.{room}"))) for room in ("configs", "checkpoints"))
+SHIPPED = "clipward:"  # before the name of something that ships
+
+
+def locate(name: str | Path) -> Path:
+    """The path that a name stands for: ``clipward:NAME`` is NAME below the checkpoints that ship."""
+    text = str(name)
+    return CHECKPOINTS / text.removeprefix(SHIPPED) if text.startswith(SHIPPED) else Path(name)
+
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A path beside ``path`` to write to; it takes its place at the end, and is gone if something went wrong."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
@@ -31,8 +41,8 @@ def whole(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """A new folder beside ``path`` to write to, that takes its place at the end as a file of :func:`whole` does."""
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside ``path`` to write to; it takes its place at the end, as in :func:`atomic_write`."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     aside.mkdir(parents=True)
     try:
@@ -42,11 +52,11 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _storable(state: dict[str, Tensor], half: bool = False) -> dict[str, Tensor]:
+def to_storable(state: dict[str, Tensor], half: bool = False) -> dict[str, Tensor]:
     return {k: (v.half() if half else v).detach().contiguous().cpu() for k, v in state.items()}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except ValueError as error:

@@ -1,11 +1,27 @@
-"""Guided sampling, plain torch."""
+"""Guided sampling, plain torch: ``fit``, ``test``, ``predict`` and Python share it."""
 
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any, Protocol
 
-from clipward.diffusion.denoiser import VarType
-from clipward.diffusion.schedule import SkipType
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from clipward.diffusion.denoiser import NetworkDenoiser, VarType
+from clipward.diffusion.sampling import Noise, State, Update, ancestral, ddim
+from clipward.diffusion.sampling import sample as walk
+from clipward.diffusion.schedule import Schedule, SkipType, Step, time_travel
 from clipward.errors import InputError
-from clipward.guidance.methods import MethodName
+from clipward.guidance.core import Clamp, Guidance, GuidanceError, GuidanceInterval, GuidedDenoiser, RefuseFlat
+from clipward.guidance.methods import METHODS, Method, MethodName
+from clipward.guidance.models import GuidanceModels, fill_empty_texts
+from clipward.networks.unet import UNet
+from clipward.weights.architecture import Architecture
+
+Watch = Callable[[State], None]
 
 
 @dataclass(frozen=True)
@@ -14,18 +30,18 @@ class SamplingConfig:
 
     Args:
         method: how the text guides.
-        repeats: how often each step is walked, with the noise put back in between; the method's own by default.
+        repeats: how often each step is taken, with the noise put back in between; the method's own by default.
         interval: the shares of T between which a text guides, such as 0.2 0.8; the method's own by default.
-        candidates: pictures to draw for each request, of which the one is kept that the CLIPs find nearest to its text.
+        candidates: pictures to draw for each request. The one that the CLIPs find nearest to its text is kept.
         skip_steps: reverse steps to take.
         skip_type: how they are spread over the noise levels.
         ddim: take DDIM's steps in place of DDPM's.
         ddim_eta: DDIM's noise, from 0 (none) to 1 (as DDPM).
-        var_type: DDPM's variance, which also scales the mean's shift; what the weights were made for by default.
-        clip_denoised: clamp x̂0 to [-1, 1] at every step; what the weights were made for by default.
+        var_type: DDPM's variance, which also scales the mean's shift; by default what the weights were made for.
+        clip_denoised: clamp x̂0 to [-1, 1] at every step; by default what the weights were made for.
         batch_multiple: batches are filled up to a multiple of this. A network rounds differently in batches of other
-            sizes (by 1e-6, measured on a CPU for sizes that 4 does not divide), and strong guidance makes another
-            picture of it. 1 saves the memory and leaves pictures to depend on the micro-batch.
+            sizes (by 1e-6, measured on a CPU for sizes that 4 does not divide), and strong guidance amplifies that to
+            another picture. 1 saves the memory, and pictures then depend on the micro-batch.
     """
 
     method: MethodName = "clip_guidance"
@@ -41,11 +57,264 @@ class SamplingConfig:
     batch_multiple: int = 4
 
     def __post_init__(self) -> None:
-        if self.batch_multiple < 1:
-            raise InputError(f"sampling.batch_multiple: {self.batch_multiple} given; 1 or more would do")
-        if self.candidates < 1:
-            raise InputError(f"sampling.candidates: {self.candidates} given; 1 or more would do")
-        if self.repeats is not None and self.repeats < 1:
-            raise InputError(f"sampling.repeats: {self.repeats} given; 1 or more would do")
+        for name in ("batch_multiple", "candidates", "repeats"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"sampling.{name}: got {value}, expected 1 or more")
         if self.interval is not None and not 0 <= self.interval[0] < self.interval[1] <= 1:
-            raise InputError(f"sampling.interval: {self.interval} given; two rising numbers from 0 to 1 would do")
+            raise InputError(f"sampling.interval: got {self.interval}, expected two rising numbers from 0 to 1")
+        if not 0 <= self.ddim_eta <= 1:
+            raise InputError(f"ddim_eta: got {self.ddim_eta}, expected 0 to 1")
+        if self.method not in METHODS:
+            raise InputError(f"method: got {self.method!r}, expected one of {', '.join(METHODS)}")
+
+
+class Sampler:
+    """Walks from noise to pictures under the guidance of a text.
+
+    Args:
+        network: maps x_t and t to what ``architecture`` says.
+        architecture: what else must be known of the network.
+        models: what guides.
+        config: how pictures are made.
+        averaged: a context within which the network has the weights to sample with.
+        any_process: whether something is so in any of the processes that share a sharded network, which must all take
+            the same way through it; None where each process has a network of its own.
+    """
+
+    def __init__(
+        self,
+        network: UNet,
+        architecture: Architecture,
+        models: GuidanceModels,
+        config: SamplingConfig,
+        averaged: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        any_process: Callable[[bool], bool] | None = None,
+    ) -> None:
+        self.network, self.architecture, self.models, self.config = network, architecture, models, config
+        self.averaged, self._any_process = averaged, any_process
+        self.schedule: Schedule = architecture.noise_schedule()
+        self._chunk: int | None = None  # the most pictures that fit, once memory has run out
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.conv_in.weight.device
+
+    @property
+    def method(self) -> Method:
+        return METHODS[self.config.method]
+
+    @property
+    def repeats(self) -> int:
+        return self.config.repeats or self.method.repeats
+
+    @property
+    def steps(self) -> list[Step]:
+        return time_travel(self.schedule.steps(self.config.skip_steps, self.config.skip_type), self.repeats)
+
+    @property
+    def update(self) -> Update:
+        return ddim(self.config.ddim_eta) if self.config.ddim else ancestral
+
+    @property
+    def var_type(self) -> VarType:
+        return self.config.var_type or self.architecture.variance
+
+    @property
+    def clip_denoised(self) -> bool:
+        own = self.config.clip_denoised
+        return self.architecture.clip_denoised if own is None else own
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The shares of T between which a text guides."""
+        return self.config.interval or self.method.interval
+
+    def sample_in_chunks(
+        self,
+        text: Sequence[str],
+        seed: Sequence[int],
+        guidance_weight: Sequence[float],
+        progress: bool = False,
+        watch: Watch | None = None,
+    ) -> tuple[Tensor, list[int]]:
+        """:meth:`best_of_n` for as many requests at once as fit: where memory runs out, half as many from then on.
+
+        Raises:
+            InputError: where not even the fewest fit.
+            GuidanceError: with the position in the whole lists.
+        """
+        images, retries, start = [], [], 0
+        while start < len(seed):
+            chunk = slice(start, start + (self._chunk or len(seed)))
+            size = len(seed[chunk])
+            try:
+                image, again = self.best_of_n(text[chunk], seed[chunk], guidance_weight[chunk], progress, watch)
+            except GuidanceError as error:
+                position = min(error.position, size - 1)  # beyond it, the last request fills the batch
+                raise GuidanceError(start + position, error.reason) from error
+            except RuntimeError as error:
+                if self._any_process is not None or not is_out_of_memory(error):
+                    raise
+                self._chunk = self._halve(size, error)
+                free_memory()
+                continue
+            images.append(image)
+            retries += again
+            start += size
+        return torch.cat(images), retries
+
+    def _halve(self, size: int, error: RuntimeError) -> int:
+        fewest = self.config.batch_multiple
+        if size <= fewest:
+            raise InputError(
+                f"micro_batch: not even {fewest} pictures fit into memory; use --model.checkpoint_activations true or "
+                "--model.sampling.batch_multiple 1"
+            ) from error
+        return size // 2
+
+    def best_of_n(
+        self,
+        text: Sequence[str],
+        seed: Sequence[int],
+        guidance_weight: Sequence[float],
+        progress: bool = False,
+        watch: Watch | None = None,
+    ) -> tuple[Tensor, list[int]]:
+        """Draw ``candidates`` pictures for each text, seed and weight of three lists, and keep the best of each.
+
+        The best is the one that the CLIPs find nearest to its text.
+
+        Returns:
+            (B, C, H, W) in [-1, 1], and for each the number of steps that were computed again in float32.
+        """
+        image, retries = self.sample(text, seed, guidance_weight, progress, watch)
+        if self.config.candidates > 1 and self._in_any_process(any(text)):
+            if not self.models.names:
+                raise InputError("clip: got none, expected the name of a CLIP to choose among candidates by")
+            best = self.clip_similarity(image, text)
+            for number in range(1, self.config.candidates):
+                others, more = self.sample(text, [f"{each}/{number}" for each in seed], guidance_weight, progress)
+                for i, similarity in enumerate(self.clip_similarity(others, text)):
+                    best_so_far = best[i]
+                    if similarity is not None and best_so_far is not None and similarity > best_so_far:
+                        image[i], retries[i], best[i] = others[i], more[i], similarity
+        return image, retries
+
+    @torch.enable_grad()
+    def sample(
+        self,
+        text: Sequence[str],
+        seed: Sequence[int | str],
+        guidance_weight: Sequence[float],
+        progress: bool = False,
+        watch: Watch | None = None,
+    ) -> tuple[Tensor, list[int]]:
+        """Draw one picture for each text, seed and weight of three lists; see :meth:`best_of_n`.
+
+        Args:
+            text: sentences; an empty one where the weight is 0.
+            seed: what names the noise of each picture.
+            guidance_weight: of each picture; 0 leaves it unguided.
+            progress: show a bar over the steps.
+            watch: called after each step with x, x̂0 and the step; without the pictures that fill up the batch.
+        """
+        count, training, dtype = len(seed), self.network.training, torch.get_default_dtype()
+        fill = -count % self.config.batch_multiple
+        texts, seeds, weights = (
+            [*values, *[values[-1]] * fill] for values in (list(text), list(seed), list(guidance_weight))
+        )
+        noise = self._noise(seeds)
+        self.network.eval()
+        torch.set_default_dtype(torch.float32)  # Lightning sets another for half precision
+        try:
+            with self.averaged():
+                denoise = self._guided_denoiser(texts, weights, noise)
+                states = walk(denoise, self.steps, self.update, noise)
+                for state in tqdm(states, total=len(self.steps), desc="steps", leave=False, disable=not progress):
+                    image = state.x
+                    if watch is not None:
+                        watch(State(state.x[:count], state.x0[:count], state.step))
+        finally:
+            torch.set_default_dtype(dtype)
+            self.network.train(training)
+        return image[:count].clamp(-1, 1), denoise.retries[:count].tolist()
+
+    def _noise(self, seed: Sequence[int | str]) -> Noise:
+        size = self.architecture.image_size
+        return Noise(seed, (self.architecture.unet.image_channels, size, size), self.device)
+
+    def _guided_denoiser(self, text: Sequence[str], guidance_weight: Sequence[float], noise: Noise) -> GuidedDenoiser:
+        """What denoises one picture for each text and weight."""
+        denoise = NetworkDenoiser(self.network, self.architecture.parametrisation, self.var_type)
+        guidances: list[Guidance] = [Clamp()] if self.clip_denoised else []
+        if self._in_any_process(any(guidance_weight)):
+            weight = torch.tensor(guidance_weight, device=self.device)
+            objectives = self.models.objectives(self.method, text, noise, self.device)
+            low, high = (share * len(self.schedule) for share in self.interval)
+            low = low if low > 0 else -1  # guide the last step too
+            if not any(low < step.t <= high for step in self.steps):
+                raise InputError(f"sampling.interval: no step lies in ({low:g}, {high:g}]; use a wider one")
+            for guidance in (RefuseFlat(weight), *self.method.guide(objectives, weight)):
+                guidances.append(GuidanceInterval(guidance, low, high))
+        halved = torch.is_autocast_enabled(self.device.type) or self.network.conv_in.weight.dtype != torch.float32
+        halved = halved and self._any_process is None  # a sharded network would have to be computed again everywhere
+        return GuidedDenoiser(denoise, guidances, self._in_float32 if halved else None)
+
+    @contextmanager
+    def _in_float32(self) -> Iterator[None]:
+        dtype = self.network.conv_in.weight.dtype
+        self.network.float()
+        try:
+            with torch.autocast(self.device.type, enabled=False):
+                yield
+        finally:
+            self.network.to(dtype)
+
+    @torch.no_grad()
+    def clip_similarity(self, image: Tensor, text: Sequence[str]) -> list[float | None]:
+        """The cosine between each picture and its text, averaged over the CLIPs; None where there is no text."""
+        if not self._in_any_process(any(text)) or not self.models.names:
+            return [None] * len(text)
+        column = {sentence: i for i, sentence in enumerate(dict.fromkeys(fill_empty_texts(text)))}
+        cosines = self.models.cosines(image, list(column)).tolist()
+        return [row[column[sentence]] if sentence else None for row, sentence in zip(cosines, text, strict=True)]
+
+    def _in_any_process(self, here: bool) -> bool:
+        return here if self._any_process is None else self._any_process(here)
+
+    def settings(self) -> dict[str, Any]:
+        """How pictures are made, for the record."""
+        config = self.config
+        return {
+            "method": config.method,
+            "steps": config.skip_steps,
+            "repeats": self.repeats,
+            "candidates": config.candidates,
+            "interval": list(self.interval),
+            "skip_type": config.skip_type,
+            "sampler": f"ddim(eta={config.ddim_eta:g})" if config.ddim else "ddpm",
+            "var_type": self.var_type,
+            "clip_denoised": self.clip_denoised,
+        }
+
+
+class HasSampler(Protocol):
+    """A module that samples, and says how."""
+
+    @property
+    def sampler(self) -> Sampler: ...
+
+    def provenance(self) -> dict[str, Any]: ...
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocation failed, on a GPU or on a CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def free_memory() -> None:
+    """Give back what a failed batch held."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

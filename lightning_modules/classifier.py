@@ -12,13 +12,15 @@ from clipward.lightning_modules.degrade import degrade, diffuse
 from clipward.lightning_modules.optim import OptimConfig, adamw
 from clipward.lightning_modules.reproducible import Reproducible
 from clipward.networks.classifier import Classifier, save_classifier
+from clipward.networks.vocabulary import load_vocabulary
 
 
 class ClassifierModule(Reproducible):
     """Learns the labels of pictures.
 
     Args:
-        vocabulary: ``{attribute: {value: [words that name it in a text]}}``, in the order of the labels.
+        vocabulary: the attributes, in the order of the labels: a YAML file of them, or the name of one that ships, such
+            as ``faces``; see :func:`clipward.networks.vocabulary.load_vocabulary`.
         width: of the network.
         save_path: the safetensors file that is written at the end of ``fit``; none is written without it.
         optim: the optimiser and its schedule.
@@ -30,7 +32,7 @@ class ClassifierModule(Reproducible):
 
     def __init__(
         self,
-        vocabulary: dict[str, dict[str, list[str]]],
+        vocabulary: str,
         width: int = 32,
         save_path: str | None = None,
         optim: OptimConfig = OptimConfig(),
@@ -40,8 +42,8 @@ class ClassifierModule(Reproducible):
         schedule: ScheduleName = "cosine",
     ) -> None:
         super().__init__()
-        self.network = Classifier(vocabulary, width, noise_aware)
-        self.schedule = Schedule.named(schedule)
+        self.network = Classifier(load_vocabulary(vocabulary, "model.vocabulary")[0], width, noise_aware)
+        self.schedule = Schedule.from_name(schedule)
         self.save_path = None if save_path is None else Path(save_path)
         self.optim = optim
         self.max_noise, self.blur = max_noise, blur
@@ -49,7 +51,7 @@ class ClassifierModule(Reproducible):
     def on_fit_start(self) -> None:
         super().on_fit_start()
         if self.save_path is not None and self.save_path.exists():
-            raise InputError(f"model.save_path: {self.save_path} exists; another name would do")
+            raise InputError(f"model.save_path: {self.save_path} exists; choose another name")
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         image, alpha_bar = degrade(batch["image"], self.max_noise, self.blur), 1.0

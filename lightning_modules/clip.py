@@ -23,7 +23,8 @@ from clipward.networks.clip import (
     preprocess,
     save_folder,
 )
-from clipward.networks.noise_level import LevelledConv
+from clipward.networks.noise_level import NoiseConditionedConv, with_noise_level
+from clipward.networks.vocabulary import load_vocabulary
 
 
 class ClipModule(Reproducible):
@@ -40,9 +41,11 @@ class ClipModule(Reproducible):
         save_dir: the folder that is written at the end of ``fit``; none is written without it.
         optim: the optimiser and its schedule.
         max_noise: pictures get Gaussian noise of a standard deviation up to this (pictures span [-1, 1]).
-        blur: whether half of the pictures are blurred by up to a factor of four. With noise, it makes a critic that
+        blur: whether half of the pictures are blurred by up to a factor of four. With noise, it makes a CLIP that
             can read the half-denoised pictures that guidance shows it.
-        zero_shot: for each label of the data, in their order, a text per value; their accuracy is logged.
+        zero_shot: what to ask of validation pictures that have labels: a YAML file of attributes, or the name of one
+            that ships, such as ``faces``; see :func:`clipward.networks.vocabulary.load_vocabulary`. How often the
+            answer is right is logged.
         levels: t at which a picture and its caption are looked for, too, under noise.
     """
 
@@ -58,7 +61,7 @@ class ClipModule(Reproducible):
         optim: OptimConfig = OptimConfig(),
         max_noise: float = 0.0,
         blur: bool = False,
-        zero_shot: dict[str, list[str]] | None = None,
+        zero_shot: str | None = None,
         levels: list[int] | None = None,
     ) -> None:
         super().__init__()
@@ -66,9 +69,10 @@ class ClipModule(Reproducible):
         self.preprocess_cfg = {"size": self.model_cfg["vision_cfg"].get("image_size", 224), **OPENAI_PREPROCESSING}
         self.save_dir = None if save_dir is None else Path(save_dir)
         self.optim = optim
-        self.max_noise, self.blur, self.zero_shot = max_noise, blur, zero_shot or {}
+        self.max_noise, self.blur = max_noise, blur
+        self.zero_shot = {} if zero_shot is None else load_vocabulary(zero_shot, "model.zero_shot")[1]
         self.clip, self.noise_aware = clip, noise_aware
-        self.schedule, self.levels = Schedule.named(schedule), levels or []
+        self.schedule, self.levels = Schedule.from_name(schedule), levels or []
         self.model: torch.nn.Module | None = None
 
     def configure_model(self) -> None:
@@ -82,25 +86,25 @@ class ClipModule(Reproducible):
             self.model, self.tokenizer, self.preprocess_cfg = start.model, start.tokenizer, start.preprocess
             self.model_cfg = start.config
             self.model.requires_grad_(True).train()
-        if self.noise_aware and not isinstance(self.model.visual.conv1, LevelledConv):
+        if self.noise_aware and not isinstance(self.model.visual.conv1, NoiseConditionedConv):
             make_noise_aware(self.model)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
         if self.save_dir is not None and self.save_dir.exists() and any(self.save_dir.iterdir()):
-            raise InputError(f"model.save_dir: {self.save_dir} is not empty; another folder would do")
+            raise InputError(f"model.save_dir: {self.save_dir} is not empty; choose another folder")
         self.contrastive_loss = contrastive_loss(self.global_rank, self.trainer.world_size)
 
-    def features(self, batch: dict[str, Any], image: Tensor, alpha_bar: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if self.noise_aware:
-            self.model.visual.conv1.alpha_bar = alpha_bar
+    def features(self, batch: dict[str, Any], image: Tensor, alpha_bar: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
         tokens = self.tokenizer(batch["caption"]).to(self.device)
         pixels = preprocess(image, self.preprocess_cfg)
+        if self.noise_aware:
+            pixels = with_noise_level(pixels, alpha_bar)
         image_features = F.normalize(self.model.encode_image(pixels).float(), dim=-1)
         return image_features, F.normalize(self.model.encode_text(tokens).float(), dim=-1)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        image, alpha_bar = degrade(batch["image"], self.max_noise, self.blur), None
+        image, alpha_bar = degrade(batch["image"], self.max_noise, self.blur), 1.0
         if self.noise_aware:
             image, alpha_bar = diffuse(image, self.schedule)
         image_features, text_features = self.features(batch, image, alpha_bar)
@@ -125,8 +129,10 @@ class ClipModule(Reproducible):
         count = len(image_features)
         found = (image_features @ text_features.T).argmax(dim=1) == torch.arange(count, device=self.device)
         self.log(f"val/retrieval{suffix}", found.float().mean(), batch_size=count, sync_dist=True)
-        for column, (name, texts) in enumerate(self.zero_shot.items()):
-            answers = F.normalize(self.model.encode_text(self.tokenizer(texts).to(self.device)).float(), dim=-1)
+        for column, (name, prompts) in enumerate(self.zero_shot.items()):
+            answers = F.normalize(
+                self.model.encode_text(self.tokenizer(list(prompts.values())).to(self.device)).float(), dim=-1
+            )
             right = (image_features @ answers.T).argmax(dim=1) == batch["labels"][:, column]
             self.log(f"val/zero_shot_{name}{suffix}", right.float().mean(), batch_size=count, sync_dist=True)
 

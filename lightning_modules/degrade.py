@@ -1,4 +1,4 @@
-"""Noise and blur that make a critic read half-denoised pictures."""
+"""Noise and blur, so that a network learns to read half-denoised pictures."""
 
 from collections.abc import Sequence
 
@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clipward.diffusion.denoiser import add_noise
 from clipward.diffusion.schedule import Schedule
 
 
@@ -26,5 +27,4 @@ def diffuse(image: Tensor, schedule: Schedule, t: Sequence[int] | None = None) -
     """x_t of ``image``, (B, C, H, W), and its ᾱ_t, (B,), at ``t``, or at a random one for each picture."""
     times = torch.randint(len(schedule), (len(image),)) if t is None else torch.as_tensor(t)
     alpha_bar = schedule.alpha_bar[times].float().to(image.device)
-    a = alpha_bar[:, None, None, None]
-    return a.sqrt() * image + (1 - a).sqrt() * torch.randn_like(image), alpha_bar
+    return add_noise(image, torch.randn_like(image), alpha_bar), alpha_bar

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from clipward.networks.sharding import fill, own_parameters, whole_tensor
+from clipward.networks.sharding import fill, full_tensor, own_parameters
 
 
 class EMA:
@@ -48,6 +48,6 @@ class EMA:
         finally:
             fill(self.network, own)
 
-    def whole(self) -> dict[str, Tensor]:
+    def full_state(self) -> dict[str, Tensor]:
         """The averages with all their parts, in every process."""
-        return {name: whole_tensor(average).detach().clone() for name, average in self.average.items()}
+        return {name: full_tensor(average).detach().clone() for name, average in self.average.items()}

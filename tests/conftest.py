@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import fields, replace
 from pathlib import Path
 
 import lightning as L
@@ -10,8 +11,8 @@ import torch
 import yaml
 
 from clipward.datamodules.faces import FacesDataModule
-from clipward.lightning_modules.ddpm import DDPMModule
-from clipward.lightning_modules.optim import OptimConfig
+from clipward.guidance.models import GuidanceConfig
+from clipward.lightning_modules.ddpm import DDPMModule, TrainingConfig
 from clipward.networks.clip import OPENAI_PREPROCESSING, new_model, save_folder
 from clipward.networks.unet import UNet, UNetConfig
 from clipward.sampler import SamplingConfig
@@ -22,6 +23,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 ROOT = Path(__file__).parent.parent
 
 TINY_UNET = UNetConfig(patch=2, channels=(8, 16), num_res_blocks=1, attention_levels=(1,), norm_groups=4)
+TINY = Architecture(TINY_UNET, image_size=16, schedule="cosine", num_timesteps=100, parametrisation="v")
 TINY_CLIP = {
     "embed_dim": 16,
     "vision_cfg": {"image_size": 16, "layers": 1, "width": 16, "head_width": 8, "patch_size": 4},
@@ -43,8 +45,7 @@ def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Safetensors of a random 16-pixel network."""
     path = tmp_path_factory.mktemp("weights") / "ddpm.safetensors"
     network = randomise(UNet(TINY_UNET))
-    architecture = Architecture(TINY_UNET, image_size=16, schedule="cosine", num_timesteps=100, parametrisation="v")
-    save_weights(path, Weights(architecture, network.state_dict()))
+    save_weights(path, Weights(TINY, network.state_dict()))
     return path
 
 
@@ -58,18 +59,15 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tiny_module(**kwargs) -> DDPMModule:
-    """A 16-pixel model that learns in seconds."""
-    defaults = {
-        "unet": TINY_UNET,
-        "image_size": 16,
-        "schedule": "cosine",
-        "num_timesteps": 100,
-        "parametrisation": "v",
-        "sampling": SamplingConfig(skip_steps=5),
-        "optim": OptimConfig(learning_rate=2e-3),
-        "ema_decay": 0.9,
-    }
-    return DDPMModule(**{**defaults, **kwargs})
+    """A 16-pixel model that learns in seconds; settings of its network and guidance may be given by their own names."""
+
+    def take(config: type) -> dict:
+        return {field.name: kwargs.pop(field.name) for field in fields(config) if field.name in kwargs}
+
+    network = replace(TINY, **{"var_type": None, **take(Architecture)})
+    parts = {"network": network, "guidance": GuidanceConfig(**take(GuidanceConfig))}
+    defaults = {"sampling": SamplingConfig(skip_steps=5), "optim": TrainingConfig(learning_rate=2e-3, ema_decay=0.9)}
+    return DDPMModule(**{**parts, **defaults, **kwargs})
 
 
 def tiny_faces() -> FacesDataModule:
@@ -93,8 +91,10 @@ def config(tmp_path: Path, tiny_weights: Path, tiny_clip: Path) -> str:
     """A config for fit and predict, in the shape of configs/faces.yaml."""
     faces = yaml.safe_load((ROOT / "configs/faces.yaml").read_text())
     model = faces["model"]["init_args"]
-    model["unet"] = {"patch": 2, "channels": [8, 16], "num_res_blocks": 1, "attention_levels": [1], "norm_groups": 4}
-    model |= {"image_size": 16, "num_timesteps": 100, "default_weights": str(tiny_weights), "clip": str(tiny_clip)}
+    unet = {"patch": 2, "channels": [8, 16], "num_res_blocks": 1, "attention_levels": [1], "norm_groups": 4}
+    model["network"] |= {"unet": unet, "image_size": 16, "num_timesteps": 100}
+    model["guidance"]["clip"] = str(tiny_clip)
+    model["default_weights"] = str(tiny_weights)
     model["sampling"] = {"skip_steps": 4}
     faces["data"]["init_args"] |= {"size": 16, "train_count": 32, "val_count": 8, "batch_size": 8}
     trainer = faces["trainer"] | {"max_steps": 4, "val_check_interval": 4, "accelerator": "cpu"}
@@ -102,7 +102,6 @@ def config(tmp_path: Path, tiny_weights: Path, tiny_clip: Path) -> str:
     trainer["logger"]["init_args"]["save_dir"] = str(tmp_path / "runs")
     for callback in trainer["callbacks"]:
         arguments = callback.get("init_args", {})
-        arguments |= {"judge": [str(ROOT / path) for path in arguments["judge"]]} if "judge" in arguments else {}
         arguments |= {name: 4 for name in ("every_n_train_steps", "every_n_steps") if name in arguments}
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(faces | {"trainer": trainer}))
@@ -111,3 +110,7 @@ def config(tmp_path: Path, tiny_weights: Path, tiny_clip: Path) -> str:
 
 def metadata(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metadata.jsonl").read_text().splitlines()]
+
+
+def checkpoint_of(root: Path) -> str:
+    return str(next(root.rglob("*.ckpt")))

@@ -47,7 +47,7 @@ def test_the_bound_is_that_of_the_published_code(t: int) -> None:
         )
     expected = expected.flatten(1).mean(dim=1) / math.log(2)
     ours = variational_bound(
-        *(v.float() for v in (x0, x, predicted, share)), torch.tensor([t, t]), Schedule.named("linear")
+        *(v.float() for v in (x0, x, predicted, share)), torch.tensor([t, t]), Schedule.from_name("linear")
     )
     torch.testing.assert_close(ours.double(), expected, rtol=2e-3, atol=1e-4)
 
@@ -56,7 +56,7 @@ def test_the_outermost_levels_reach_to_infinity() -> None:
     x0 = torch.tensor([-1.0, 1.0]).reshape(2, 1, 1, 1)
     far = 3 * x0
     bound = variational_bound(
-        x0, x0, far, torch.ones_like(x0), torch.zeros(2, dtype=torch.long), Schedule.named("linear")
+        x0, x0, far, torch.ones_like(x0), torch.zeros(2, dtype=torch.long), Schedule.from_name("linear")
     )
     assert bound.abs().max() < 1e-3
 
@@ -65,6 +65,6 @@ def test_the_bound_trains_the_variance_alone() -> None:
     x0, x = torch.rand(2, 2, 3, 4, 4) * 2 - 1
     predicted, share = x0.clone().requires_grad_(), torch.zeros_like(x0, requires_grad=True)
     t = torch.tensor([0, 500])
-    variational_bound(x0, x, predicted, share, t, Schedule.named("linear")).sum().backward()
+    variational_bound(x0, x, predicted, share, t, Schedule.from_name("linear")).sum().backward()
     assert predicted.grad is None
     assert (share.grad.flatten(1).abs().sum(dim=1) > 0).all()

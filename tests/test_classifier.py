@@ -2,7 +2,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from conftest import tiny_faces, tiny_trainer
 from torch.utils.data import DataLoader
 
@@ -11,9 +10,9 @@ from clipward.errors import InputError
 from clipward.lightning_modules.classifier import ClassifierModule
 from clipward.lightning_modules.optim import OptimConfig
 from clipward.networks.classifier import Classifier, load_classifier
+from clipward.networks.vocabulary import load_vocabulary
 
-CONFIG = yaml.safe_load((Path(__file__).parent.parent / "configs/faces_judge.yaml").read_text())
-VOCABULARY = CONFIG["model"]["init_args"]["vocabulary"]
+VOCABULARY = load_vocabulary("faces")[0]
 
 
 def test_the_judges_vocabulary_is_that_of_the_faces() -> None:
@@ -22,13 +21,13 @@ def test_the_judges_vocabulary_is_that_of_the_faces() -> None:
 
 def test_it_reads_what_a_caption_names() -> None:
     judge = Classifier(VOCABULARY, 8)
-    assert judge.named("an old man with a smile") == {"gender": "man", "age": "old", "smile": "smiling"}
-    assert judge.named("A young girl with brown hair") == {"gender": "woman", "age": "young", "hair": "brown"}
-    assert judge.named("a lady without glasses") == {"gender": "woman", "glasses": "without"}
-    assert judge.named("a dog") == {}
+    assert judge.find_attributes("an old man with a smile") == {"gender": "man", "age": "old", "smile": "smiling"}
+    assert judge.find_attributes("A young girl with brown hair") == {"gender": "woman", "age": "young", "hair": "brown"}
+    assert judge.find_attributes("a lady without glasses") == {"gender": "woman", "glasses": "without"}
+    assert judge.find_attributes("a dog") == {}
     for i in range(1000):
         face = attributes(0, i)
-        for name, value in judge.named(caption(0, i)).items():
+        for name, value in judge.find_attributes(caption(0, i)).items():
             assert face[name] == value
 
 
@@ -40,7 +39,7 @@ def test_it_learns_writes_and_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "judge.safetensors"
     torch.manual_seed(0)
     module, held_out = (
-        ClassifierModule(VOCABULARY, width=8, save_path=str(path), optim=OptimConfig(learning_rate=1e-3)),
+        ClassifierModule("faces", width=8, save_path=str(path), optim=OptimConfig(learning_rate=1e-3)),
         next(iter(faces(64))),
     )
     before = module.network.eval().loss(held_out["image"], held_out["labels"]).item()
@@ -53,7 +52,7 @@ def test_it_learns_writes_and_is_read_again(tmp_path: Path) -> None:
         for name, logits in module.network.eval()(image).items():
             torch.testing.assert_close(judge(image)[name], logits, atol=0.02, rtol=0.02)
     with pytest.raises(InputError, match="exists"):
-        tiny_trainer(tmp_path, max_steps=1).fit(ClassifierModule(VOCABULARY, 8, str(path)), tiny_faces())
+        tiny_trainer(tmp_path, max_steps=1).fit(ClassifierModule("faces", 8, str(path)), tiny_faces())
 
 
 def test_a_file_that_is_no_judge_is_refused(tmp_path: Path, tiny_weights: Path) -> None:
@@ -69,7 +68,7 @@ def test_a_noise_aware_one_learns_from_noise_and_is_read_again(tmp_path: Path) -
     path = tmp_path / "classifier.safetensors"
     torch.manual_seed(0)
     module = ClassifierModule(
-        VOCABULARY, width=8, save_path=str(path), optim=OptimConfig(learning_rate=1e-3), noise_aware=True
+        "faces", width=8, save_path=str(path), optim=OptimConfig(learning_rate=1e-3), noise_aware=True
     )
     data = FacesDataModule(size=16, train_count=64, val_count=8, batch_size=32)
     tiny_trainer(tmp_path, max_steps=20).fit(module, data)

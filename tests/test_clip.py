@@ -6,10 +6,13 @@ import torch
 from conftest import TINY_CLIP
 from PIL import Image
 
+from clipward.diffusion.schedule import Schedule
 from clipward.errors import InputError
 from clipward.guidance.objectives import ClipSimilarity, Ensemble
 from clipward.lightning_modules.degrade import degrade
 from clipward.networks.clip import OPENAI_PREPROCESSING, Clip, new_model, preprocess
+
+STEP = Schedule.from_name("linear").step(700, 680)
 
 
 def test_the_folder_is_one_that_open_clip_loads(tiny_clip: Path) -> None:
@@ -42,8 +45,8 @@ def test_preprocessing_is_that_of_open_clip_and_differentiable(tiny_clip: Path) 
 def test_a_picture_scores_against_its_own_text(tiny_clip: Path) -> None:
     clip = Clip.load(str(tiny_clip))
     texts, image = ["a man", "a girl with red hair"], torch.rand(2, 3, 16, 16) * 2 - 1
-    both = ClipSimilarity(clip, texts)(image)
-    torch.testing.assert_close(both[1], ClipSimilarity(clip, texts[1:])(image[1:])[0])
+    both = ClipSimilarity(clip, texts)(image, STEP)
+    torch.testing.assert_close(both[1], ClipSimilarity(clip, texts[1:])(image[1:], STEP)[0])
     assert both.abs().max() <= 1
     assert not any(p.requires_grad for p in clip.model.parameters())
 
@@ -66,9 +69,9 @@ def test_a_text_that_does_not_fit_is_refused_with_the_excess(tiny_clip: Path) ->
 
 
 def test_a_clip_that_is_nowhere_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"'ViT-B-32/nothing' is neither a folder, .*ViT-B-32/ with one of openai, "):
+    with pytest.raises(InputError, match=r"got 'ViT-B-32/nothing', expected .*ViT-B-32/ with one of openai, "):
         Clip.load("ViT-B-32/nothing")
-    with pytest.raises(InputError, match=r"'nobody' is neither a folder, .*; ViT-B-32/openai would do"):
+    with pytest.raises(InputError, match=r"got 'nobody', expected .* such as ViT-B-32/openai"):
         Clip.load("nobody")
     with pytest.raises(InputError, match="clip: ViT-B-32/openai can't be loaded"):
         Clip.load("ViT-B-32/openai")  # there is no network
@@ -76,7 +79,7 @@ def test_a_clip_that_is_nowhere_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="can't be loaded"):
         Clip.load(str(tmp_path))
     (tmp_path / "open_clip_config.json").unlink()
-    with pytest.raises(InputError, match=r"has no open_clip_config\.json"):
+    with pytest.raises(InputError, match=r"a folder without open_clip_config\.json"):
         Clip.load(str(tmp_path))
 
 
@@ -103,7 +106,7 @@ def test_a_file_of_weights_loads_under_its_architecture(tiny_clip: Path, tmp_pat
     assert clip.hash == expected.hash
     assert torch.equal(clip.encode_text(text), expected.encode_text(text))
     assert clip.preprocess["size"] in (16, (16, 16))
-    with pytest.raises(InputError, match=r"does not say its architecture; ARCHITECTURE/FILE, such as ViT-B-32/"):
+    with pytest.raises(InputError, match=r"does not say its architecture; use ARCHITECTURE/FILE, such as ViT-B-32-quickgelu/"):
         Clip.load(str(tmp_path / "weights.pt"))
     torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "weights.pt")
     with pytest.raises(InputError, match="can't be loaded"):
@@ -153,6 +156,6 @@ def test_an_ensemble_is_the_weighted_mean(tiny_clip: Path) -> None:
     clip, image = Clip.load(str(tiny_clip)), torch.rand(2, 3, 16, 16) * 2 - 1
     a, b = (ClipSimilarity(clip, [text] * 2) for text in ("a man", "a girl"))
     both = Ensemble([a, b], [1.0, 3.0])
-    torch.testing.assert_close(both(image), 0.25 * a(image) + 0.75 * b(image))
+    torch.testing.assert_close(both(image, STEP), 0.25 * a(image, STEP) + 0.75 * b(image, STEP))
     expected = 0.25 * a.pixel_gradient(image) + 0.75 * b.pixel_gradient(image)
     torch.testing.assert_close(both.pixel_gradient(image), expected)

@@ -10,28 +10,33 @@ from clipward.guidance.objectives import ClipSimilarity
 from clipward.lightning_modules.clip import ClipModule
 from clipward.lightning_modules.degrade import diffuse
 from clipward.lightning_modules.optim import OptimConfig
-from clipward.networks.clip import OPENAI_PREPROCESSING, Clip, make_noise_aware, new_model, save_folder
-from clipward.networks.noise_level import LevelledConv
+from clipward.networks.clip import OPENAI_PREPROCESSING, Clip, make_noise_aware, new_model, preprocess, save_folder
+from clipward.networks.noise_level import NoiseConditionedConv, with_noise_level
 
 
-def test_a_new_level_changes_nothing() -> None:
+def test_a_new_noise_level_changes_nothing() -> None:
     conv, x = torch.nn.Conv2d(3, 8, 3), torch.randn(2, 3, 8, 8)
-    levelled = LevelledConv(conv)
-    levelled.alpha_bar = torch.tensor([0.9, 0.1])
-    assert torch.equal(levelled(x), conv(x))
+    conditioned = NoiseConditionedConv(conv)
+    assert torch.equal(conditioned(with_noise_level(x, torch.tensor([0.9, 0.1]))), conv(x))
 
 
-def test_the_level_is_each_pictures_own() -> None:
-    levelled, x = randomise(LevelledConv(torch.nn.Conv2d(3, 8, 3))), torch.randn(1, 3, 8, 8).expand(2, -1, -1, -1)
-    levelled.alpha_bar = torch.tensor([0.9, 0.1])
-    both = levelled(x)
+def test_the_noise_level_is_each_pictures_own() -> None:
+    conditioned = randomise(NoiseConditionedConv(torch.nn.Conv2d(3, 8, 3)))
+    x = torch.randn(1, 3, 8, 8).expand(2, -1, -1, -1)
+    both = conditioned(with_noise_level(x, torch.tensor([0.9, 0.1])))
     assert not torch.allclose(both[0], both[1])
-    levelled.alpha_bar = torch.tensor([0.1])
-    torch.testing.assert_close(levelled(x[:1])[0], both[1])
-    levelled.alpha_bar = None
-    clean = levelled(x[:1])
-    levelled.alpha_bar = torch.ones(1)
-    assert torch.equal(levelled(x[:1]), clean)
+    torch.testing.assert_close(conditioned(with_noise_level(x[:1], 0.1))[0], both[1])
+
+
+def test_the_noise_level_leaves_no_trace(tmp_path: Path) -> None:
+    model = new_model(TINY_CLIP)
+    randomise(make_noise_aware(model))
+    save_folder(tmp_path, model, TINY_CLIP, {"size": 16, **OPENAI_PREPROCESSING})
+    clip, image = Clip.load(str(tmp_path)), torch.rand(3, 3, 16, 16) * 2 - 1
+    pixels = preprocess(image, clip.preprocess)
+    before = clip.encode_pixels(pixels)
+    clip.encode_image(image[:2], 0.1)
+    assert torch.equal(clip.encode_pixels(pixels), before)
 
 
 @pytest.mark.parametrize("tower", ["ViT", "ResNet"])
@@ -44,22 +49,22 @@ def test_a_noise_aware_folder_is_read_again_and_open_clip_opens_it_too(tower: st
     save_folder(tmp_path, model.half().float(), config, {"size": 32, **OPENAI_PREPROCESSING})
     clip, image = Clip.load(str(tmp_path)), torch.rand(2, 3, 32, 32) * 2 - 1
     assert clip.noise_aware
-    levelled = clip.model.visual.conv1
-    torch.testing.assert_close(levelled.film.weight, model.visual.conv1.film.weight, atol=1e-3, rtol=1e-3)
+    conditioned = clip.model.visual.conv1
+    torch.testing.assert_close(conditioned.film.weight, model.visual.conv1.film.weight, atol=1e-3, rtol=1e-3)
     features = [clip.encode_image(image, alpha_bar) for alpha_bar in (1.0, 0.3)]
     assert not torch.allclose(*features, atol=1e-3)
     plain = open_clip.create_model(f"local-dir:{tmp_path}", require_pretrained=True)
-    torch.testing.assert_close(plain.visual.conv1.weight, levelled.conv.weight)
+    torch.testing.assert_close(plain.visual.conv1.weight, conditioned.conv.weight)
 
 
 RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32}
 
 
-def test_the_noisy_similarity_tells_the_critic_the_noise_and_the_clean_one_does_not(tmp_path: Path) -> None:
+def test_the_noisy_similarity_gives_clip_the_noise_level_and_the_clean_one_does_not(tmp_path: Path) -> None:
     model = new_model(TINY_CLIP)
     randomise(make_noise_aware(model))
     save_folder(tmp_path, model, TINY_CLIP, {"size": 16, **OPENAI_PREPROCESSING})
-    clip, image, step = Clip.load(str(tmp_path)), torch.rand(1, 3, 16, 16), Schedule.named("linear").step(700, 680)
+    clip, image, step = Clip.load(str(tmp_path)), torch.rand(1, 3, 16, 16), Schedule.from_name("linear").step(700, 680)
     text = clip.encode_text(["a man"])
     for noisy, alpha_bar in ((True, step.alpha_bar_t), (False, 1.0)):
         expected = (clip.encode_image(image, alpha_bar) * text).sum(dim=-1)
@@ -89,7 +94,7 @@ def test_it_learns_from_noise_on_top_of_another_clip(tmp_path: Path, tiny_clip: 
 
 def test_diffusing_is_the_forward_process() -> None:
     torch.manual_seed(0)
-    schedule, image = Schedule.named("cosine"), torch.full((4000, 1, 2, 2), 0.5)
+    schedule, image = Schedule.from_name("cosine"), torch.full((4000, 1, 2, 2), 0.5)
     x, alpha_bar = diffuse(image, schedule, [600] * 4000)
     a = schedule.alpha_bar[600].item()
     assert alpha_bar.unique().item() == pytest.approx(a)

@@ -15,10 +15,10 @@ from clipward.guidance.core import (
     Clamp,
     GradientGuidance,
     GuidanceError,
+    GuidanceInterval,
     GuidedDenoiser,
     RefuseFlat,
-    Together,
-    Within,
+    Sum,
     grad_clean,
     grad_denoised,
     grad_noisy,
@@ -29,7 +29,7 @@ from clipward.guidance.core import (
 
 TAU2, RHO2, Y = 0.5, 0.25, 0.8
 POSTERIOR_MEAN, POSTERIOR_VAR = Y * TAU2 / (TAU2 + RHO2), TAU2 * RHO2 / (TAU2 + RHO2)
-SCHEDULE = Schedule.named("linear")
+SCHEDULE = Schedule.from_name("linear")
 
 
 def ideal(x: Tensor, step: Step) -> Prediction:
@@ -55,8 +55,8 @@ def noisy_log_likelihood(image: Tensor, step: Step) -> Tensor:
     return log_likelihood(ideal(image, step).x0, step)
 
 
-def land(gradient, loss, shift, update, n: int = 1000) -> Tensor:
-    guidance = GradientGuidance(loss, torch.ones(64), gradient, shift)
+def land(gradient, objective, shift, update, n: int = 1000) -> Tensor:
+    guidance = GradientGuidance(objective, torch.ones(64), gradient, shift)
     *_, last = sample(GuidedDenoiser(ideal, [guidance]), SCHEDULE.steps(n), update, Noise(range(64), (1, 16, 16)))
     return last.x
 
@@ -180,21 +180,21 @@ def test_no_guidance_is_the_denoiser_itself_and_keeps_no_graph() -> None:
 
 
 @pytest.mark.parametrize(
-    "loss",
+    "objective",
     [
         lambda image, step: image.flatten(1).sum(1) * torch.tensor([1.0, 0.0]),
         lambda image, step: image.flatten(1).sum(1) * torch.tensor([1.0, float("nan")]),
     ],
     ids=["zero", "nan"],
 )
-def test_a_guidance_that_does_nothing_is_an_error_that_says_where(loss) -> None:
+def test_a_guidance_that_does_nothing_is_an_error_that_says_where(objective) -> None:
     x, step = torch.randn(2, 1, 4, 4), SCHEDULE.step(400, 380)
-    denoise = GuidedDenoiser(ideal, [GradientGuidance(loss, torch.ones(2), grad_denoised, shift_mean)])
+    denoise = GuidedDenoiser(ideal, [GradientGuidance(objective, torch.ones(2), grad_denoised, shift_mean)])
     with pytest.raises(GuidanceError, match="no gradient, or one that is not finite, at t=400") as raised:
         denoise(x, step)
     assert raised.value.position == 1
     # an image that asked for no guidance may have any gradient
-    GuidedDenoiser(ideal, [GradientGuidance(loss, torch.tensor([1.0, 0.0]), grad_denoised, shift_mean)])(x, step)
+    GuidedDenoiser(ideal, [GradientGuidance(objective, torch.tensor([1.0, 0.0]), grad_denoised, shift_mean)])(x, step)
 
 
 def test_a_flat_picture_is_an_error_that_says_where() -> None:
@@ -208,7 +208,7 @@ def test_a_flat_picture_is_an_error_that_says_where() -> None:
 
 
 def test_an_interval_has_a_guidance_act_within_it_alone() -> None:
-    guidance = Within(GradientGuidance(log_likelihood, torch.ones(2), grad_denoised, shift_mean), 100, 500)
+    guidance = GuidanceInterval(GradientGuidance(log_likelihood, torch.ones(2), grad_denoised, shift_mean), 100, 500)
     assert [guidance.needs_graph(SCHEDULE.step(t, t - 1)) for t in (100, 101, 500, 501)] == [False, True, True, False]
     x = torch.randn(2, 3, 8, 8)
     for t in (100, 300, 501):
@@ -220,7 +220,7 @@ def test_an_interval_has_a_guidance_act_within_it_alone() -> None:
 def test_guidances_together_each_see_what_came() -> None:
     step, x = SCHEDULE.step(700, 680), torch.randn(2, 3, 8, 8)
     one, two = (GradientGuidance(log_likelihood, torch.full((2,), w), grad_clean, shift_eps) for w in (1.0, 2.0))
-    plain, both = ideal(x, step), Together([one, two])(ideal(x, step), x, step)
+    plain, both = ideal(x, step), Sum([one, two])(ideal(x, step), x, step)
     for field in ("x0", "eps"):
         moves = [getattr(guidance(plain, x, step), field) - getattr(plain, field) for guidance in (one, two)]
         torch.testing.assert_close(getattr(both, field), getattr(plain, field) + sum(moves))
@@ -233,13 +233,13 @@ def test_what_half_precision_breaks_is_computed_again_and_nothing_else() -> None
     x, step = torch.randn(3, 1, 4, 4), SCHEDULE.step(400, 380)
     size = torch.tensor([1.0, 1e4, 1.0])
 
-    def loss(image: torch.Tensor, step: Step) -> torch.Tensor:
+    def objective(image: torch.Tensor, step: Step) -> torch.Tensor:
         half = torch.is_autocast_enabled("cpu")
         at = image.half() if half else image
         return (at.flatten(1).sum(1) * size.to(at.dtype)).float() * 10
 
     def guided(in_float32) -> GuidedDenoiser:
-        return GuidedDenoiser(ideal, [GradientGuidance(loss, torch.ones(3), grad_clean, shift_mean)], in_float32)
+        return GuidedDenoiser(ideal, [GradientGuidance(objective, torch.ones(3), grad_clean, shift_mean)], in_float32)
 
     exact = guided(None)(x, step)
     denoise = guided(lambda: torch.autocast("cpu", enabled=False))

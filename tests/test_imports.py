@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 LAYERS = [  # from the top; what stands in one line never imports its neighbours
     {"clipward.cli"},
-    {"clipward.lightning_modules", "clipward.callbacks"},
+    {"clipward.lightning_modules", "clipward.callbacks", "clipward.model"},
     {"clipward.sampler"},
     {"clipward.guidance", "clipward.evaluation", "clipward.weights"},
     {"clipward.networks"},

@@ -14,9 +14,10 @@ from clipward.diffusion.sampling import Noise, ancestral
 from clipward.diffusion.schedule import Schedule
 from clipward.guidance.core import Clamp, GuidedDenoiser
 from clipward.guidance.methods import METHODS
-from clipward.guidance.objectives import ClassifierAnswer, ClipSimilarity, Critic, Ensemble, Scaled
+from clipward.guidance.objectives import ClassifierLogLikelihood, ClipSimilarity, Ensemble, Objectives, Scaled
 from clipward.networks.classifier import Classifier
 from clipward.networks.clip import Clip, make_noise_aware
+from clipward.networks.noise_level import with_noise_level
 from clipward.networks.unet import UNet, UNetConfig
 
 TEXTS, WEIGHTS = ["a man", "a girl with red hair"], torch.tensor([80.0, 30.0])
@@ -40,15 +41,15 @@ def step_of(
     clamp: bool = True,
     weight: Tensor = WEIGHTS,
     noisy: bool = False,
-    critic: Critic | None = None,
+    objectives: Objectives | None = None,
 ) -> Tensor:
     x, noise = drawn
-    if critic is None:
+    if objectives is None:
         cosine = Ensemble([ClipSimilarity(clip, TEXTS, noisy)], [1.0])
-        critic = Critic(cosine, Scaled(cosine, cosine.logit_scale), NOISE)
-    guidances = [Clamp()] * clamp + METHODS[method].guide(critic, weight)
+        objectives = Objectives(Scaled(cosine, cosine.logit_scale), NOISE, cosine)
+    guidances = [Clamp()] * clamp + METHODS[method].guide(objectives, weight)
     denoise = GuidedDenoiser(NetworkDenoiser(NETWORK, "eps", "fixed_small"), guidances)
-    step = Schedule.named("linear").step(T, S)
+    step = Schedule.from_name("linear").step(T, S)
     return ancestral(x, denoise(x, step), step, lambda: noise)
 
 
@@ -153,8 +154,9 @@ def distance(image: Tensor, clip: Clip) -> Tensor:
     return (features - F.normalize(clip.model.encode_text(clip.tokenizer(TEXTS)), dim=-1)).norm(dim=-1)
 
 
-def logit(image: Tensor, clip: Clip) -> Tensor:
-    return clip.model.logit_scale.exp() * cosine(pixels_of(image, clip), clip)
+def logit(image: Tensor, clip: Clip, alpha_bar: float | None = None) -> Tensor:
+    pixels = pixels_of(image, clip)
+    return clip.model.logit_scale.exp() * cosine(with_noise_level(pixels, alpha_bar) if alpha_bar else pixels, clip)
 
 
 def moved(method: str, clip: Clip, drawn: tuple[Tensor, Tensor], expected: Tensor, walk: Walk, **kwargs) -> None:
@@ -166,9 +168,8 @@ def moved(method: str, clip: Clip, drawn: tuple[Tensor, Tensor], expected: Tenso
 
 def noisy_gradient(clip: Clip, x: Tensor, views: bool = False) -> Tensor:
     """Makes ``clip`` noise-aware, and takes the gradient of its logit at x_t, or of its mean over four views."""
-    level = randomise(make_noise_aware(clip.model), seed=4)
+    randomise(make_noise_aware(clip.model), seed=4)
     clip.noise_aware = True
-    level.alpha_bar = torch.tensor([AT, AT])
     x = x.clone().requires_grad_()
     seen = [x]
     if views:
@@ -176,7 +177,7 @@ def noisy_gradient(clip: Clip, x: Tensor, views: bool = False) -> Tensor:
         down, up = ((rows + 1).clamp(max=23), (rows - 1).clamp(min=0))  # a 32nd of 24 is less than a pixel: one
         mirrored = x[..., range(23, -1, -1)]
         seen += [mirrored, x[..., down, :][..., down], mirrored[..., up, :][..., up]]
-    return torch.autograd.grad(sum(logit(view, clip).sum() for view in seen) / len(seen), x)[0]
+    return torch.autograd.grad(sum(logit(view, clip, AT).sum() for view in seen) / len(seen), x)[0]
 
 
 def test_glide_takes_the_gradient_at_x_t_of_a_clip_that_knows_its_noise(drawn, tiny_clip: Path) -> None:
@@ -186,7 +187,7 @@ def test_glide_takes_the_gradient_at_x_t_of_a_clip_that_knows_its_noise(drawn, t
 
 
 @pytest.mark.parametrize("strength", [0.05, 1e4])
-def test_evidence_is_glides_step_over_four_views_up_to_a_twentieth_of_the_noise(
+def test_contrastive_is_glides_step_over_four_views_up_to_a_twentieth_of_the_noise(
     drawn, tiny_clip: Path, strength: float
 ) -> None:
     clip, walk = Clip.load(str(tiny_clip)), Walk(drawn)
@@ -195,20 +196,20 @@ def test_evidence_is_glides_step_over_four_views_up_to_a_twentieth_of_the_noise(
     share = move.square().mean(dim=(1, 2, 3), keepdim=True).sqrt() / walk.variance**0.5
     assert (share > 0.05).all() == (strength > 1)
     expected = walk.plain + move * (0.05 / share).clamp(max=1)
-    moved("evidence", clip, drawn, expected, walk, weight=strength * PLAIN, noisy=True)
+    moved("contrastive", clip, drawn, expected, walk, weight=strength * PLAIN, noisy=True)
 
 
 def test_classifier_guidance_is_algorithm_1(drawn) -> None:
     vocabulary = {"gender": {"woman": ["girl"], "man": ["man"]}, "hair": {"red": ["red hair"], "grey": ["grey hair"]}}
     torch.manual_seed(0)
     classifier, walk = Classifier(vocabulary, 8, noise_aware=True).eval(), Walk(drawn)
-    critic = Critic(None, ClassifierAnswer(classifier, TEXTS), NOISE)
+    objectives = Objectives(ClassifierLogLikelihood(classifier, TEXTS), NOISE)
     x = drawn[0].clone().requires_grad_()
     out = classifier(x, torch.tensor([AT, AT]))
     log_p = out["gender"].softmax(1)[0, 1].log() + (out["gender"].softmax(1)[1, 0] * out["hair"].softmax(1)[1, 0]).log()
     gradient = torch.autograd.grad(log_p, x)[0]
     expected = walk.plain + by(PLAIN) * walk.variance * gradient
-    moved("classifier_guidance", None, drawn, expected, walk, critic=critic)
+    moved("classifier_guidance", None, drawn, expected, walk, objectives=objectives)
 
 
 def test_dps_divides_the_gradient_of_the_square_by_the_residual(drawn, tiny_clip: Path) -> None:
@@ -268,7 +269,7 @@ def test_lgd_mc_smooths_the_loss_over_what_x0_may_be(drawn, tiny_clip: Path) -> 
     moved("lgd_mc", clip, drawn, walk.with_prediction(x0, eps), walk)
 
 
-def test_tfg_adds_both_gradients_of_the_smoothed_loss(drawn, tiny_clip: Path) -> None:
+def test_tfg_adds_both_gradients_of_the_smoothed_objective(drawn, tiny_clip: Path) -> None:
     clip, walk = Clip.load(str(tiny_clip)), Walk(drawn)
     delta_noise = (1 - AT) ** 0.5 * NOISE(f"smooth/{T}/0")
     on_sample = 0.5 * by(PLAIN) * walk.gradient(logit(walk.x0 + delta_noise, clip))

@@ -58,7 +58,7 @@ def ours_walk(
 ) -> torch.Tensor:
     denoise = NetworkDenoiser(Float64(network), parametrisation, var_type)
     guided = GuidedDenoiser(denoise, [Clamp()] if clamp else [])
-    *_, last = sample(guided, Schedule.named("linear").steps(n), update, noise)
+    *_, last = sample(guided, Schedule.from_name("linear").steps(n), update, noise)
     return last.x
 
 
@@ -102,7 +102,7 @@ def test_ddim_equals_ddim_scheduler(network: UNet, parametrisation: str, eta: fl
 
 def test_one_step_of_every_update_in_float64() -> None:
     """Posterior mean as a weighted sum of x0 and x_t (Ho et al. 2020, eq. 7) against our √ᾱ_s·x0 + … form."""
-    step = Schedule.named("linear").step(700, 640)
+    step = Schedule.from_name("linear").step(700, 640)
     x, x0 = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.rand(2, 3, 4, 4, dtype=torch.float64)
     at, as_, alpha = step.alpha_bar_t, step.alpha_bar_s, step.alpha_bar_t / step.alpha_bar_s
     eps = (x - at**0.5 * x0) / (1 - at) ** 0.5
@@ -115,7 +115,7 @@ def test_one_step_of_every_update_in_float64() -> None:
 
 
 def test_a_learned_variance_lies_between_small_and_large() -> None:
-    step = Schedule.named("linear").step(500, 480)
+    step = Schedule.from_name("linear").step(500, 480)
 
     class Learned(torch.nn.Module):
         def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -132,7 +132,7 @@ def test_a_learned_variance_lies_between_small_and_large() -> None:
 def test_learned_range_of_a_network_without_it_is_refused(network: UNet) -> None:
     with pytest.raises(InputError, match="learned_range"):
         NetworkDenoiser(Float64(network), "eps", "learned_range")(
-            torch.zeros(1, *SHAPE), Schedule.named("linear").step(5, 4)
+            torch.zeros(1, *SHAPE), Schedule.from_name("linear").step(5, 4)
         )
 
 
@@ -152,7 +152,7 @@ def test_noise_is_standard_normal() -> None:
 
 
 def test_an_upward_step_adds_the_noise_of_its_level() -> None:
-    steps = [Schedule.named("linear").step(999, 100), Schedule.named("linear").step(100, 500)]
+    steps = [Schedule.from_name("linear").step(999, 100), Schedule.from_name("linear").step(100, 500)]
     steps[1] = type(steps[1])(100, 500, steps[1].alpha_bar_t, steps[1].alpha_bar_s)
 
     def denoise(x: torch.Tensor, step: object) -> Prediction:
@@ -165,7 +165,7 @@ def test_an_upward_step_adds_the_noise_of_its_level() -> None:
 
 
 def test_time_travel_lands_where_the_plain_walk_does() -> None:
-    schedule = Schedule.named("cosine")
+    schedule = Schedule.from_name("cosine")
 
     def denoise(x: torch.Tensor, step: object) -> Prediction:
         return Prediction(torch.full_like(x, 0.25), x, x.new_zeros(()))

@@ -15,10 +15,11 @@ from PIL import Image
 
 from clipward.cli import main
 from clipward.datamodules.faces import ATTRIBUTES, Faces, caption
-from clipward.guidance.contrasts import opposed
-from clipward.networks.classifier import load_classifier, named
+from clipward.guidance.contrasts import contrast_captions
+from clipward.networks.classifier import load_classifier
 from clipward.networks.clip import Clip
 from clipward.networks.unet import UNet, UNetConfig
+from clipward.networks.vocabulary import find_attributes
 from clipward.weights.architecture import Architecture
 from clipward.weights.load import load_weights
 
@@ -80,12 +81,12 @@ def meta_unet(config: UNetConfig) -> UNet:
 
 @pytest.mark.parametrize("name", ["faces", "celebahq"])
 def test_the_configs_know_the_opposite_of_all_that_a_caption_names(name: str) -> None:
-    groups = yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text())["model"]["init_args"]["opposites"]
+    groups = yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text())["model"]["init_args"]["contrasts"]
     vocabulary = load_classifier(SHIPPED / "judge.safetensors").vocabulary
     for text in {caption(7, i) for i in range(300)}:
         text = re.sub("young (girl|boy)", r"\1", text)  # the judge reads "an old girl" as young
-        wanted = named(vocabulary, text)
-        rivals = [named(vocabulary, other) for group in groups for other in opposed(text, group)]
+        wanted = find_attributes(vocabulary, text)
+        rivals = [find_attributes(vocabulary, other) for group in groups for other in contrast_captions(text, group)]
         for attribute, value in wanted.items():
             assert any(rival.get(attribute, value) != value for rival in rivals), (text, attribute)
 

@@ -101,8 +101,8 @@ def test_predict_gives_the_same_pictures_however_it_is_started(config: str, tmp_
 def test_a_killed_predict_makes_what_is_missing_and_nothing_else(config: str, tmp_path: Path, output: str) -> None:
     flags = ["predict", "-c", config, "--text", "a man", "--guidance_weight", "20", "--n_samples", "12"]
     flags += ["--skip_steps", "30", "--micro_batch", "1", "--output", output, "--shard_size", "3"]
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    finish(start(*flags, "--save_dir", str(whole)))
+    atomic_write, stopped = tmp_path / "whole", tmp_path / "stopped"
+    finish(start(*flags, "--save_dir", str(atomic_write)))
     for count, processes in ((3, 2), (7, 1)):  # killed on two processes, then on one, then finished on two
         process = start(*flags, *ddp(processes), "--save_dir", str(stopped))
         gallery = Gallery(stopped, output)
@@ -113,10 +113,12 @@ def test_a_killed_predict_makes_what_is_missing_and_nothing_else(config: str, tm
     assert len(gallery.indices()) < 24
     finish(start(*flags, *ddp(2), "--save_dir", str(stopped)))
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    rows = [list(Gallery(folder, output).rows()) for folder in (whole, stopped)]
+    rows = [list(Gallery(folder, output).rows()) for folder in (atomic_write, stopped)]
     assert [row["index"] for row in rows[1]] == list(range(24))
     for one, other in zip(*rows, strict=True):
-        a, b = (np.asarray(Gallery(f, output).open(row)).astype(int) for f, row in ((whole, one), (stopped, other)))
+        a, b = (
+            np.asarray(Gallery(f, output).open(row)).astype(int) for f, row in ((atomic_write, one), (stopped, other))
+        )
         assert np.abs(a - b).max() <= 2
     assert not list(stopped.glob(".*"))
 

@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from clipward.diffusion.schedule import Schedule
+from clipward.diffusion.denoiser import learned_log_variance
+from clipward.diffusion.schedule import Schedule, posterior_variance
 
 
 def variational_bound(
@@ -26,16 +27,16 @@ def variational_bound(
     """
     alpha_bar = torch.cat([schedule.alpha_bar.new_ones(1), schedule.alpha_bar])  # one place on: at t + 1
     beta = 1 - alpha_bar[1:] / alpha_bar[:-1]
-    posterior_variance = beta * (1 - alpha_bar[:-1]) / (1 - alpha_bar[1:])
-    posterior_variance[0] = posterior_variance[1]  # where it is 0, as there is no noise in x0
+    variance = posterior_variance(alpha_bar[1:], alpha_bar[:-1])
+    variance[0] = variance[1]  # where it is 0, as there is no noise in x0
     by_x0 = beta * alpha_bar[:-1].sqrt() / (1 - alpha_bar[1:])
     by_x = (1 - beta).sqrt() * (1 - alpha_bar[:-1]) / (1 - alpha_bar[1:])
 
     def at_t(values: Tensor) -> Tensor:
         return values.to(x.device)[t].float()[:, None, None, None]
 
-    small, large = at_t(posterior_variance.log()), at_t(beta.log())
-    log_variance = (share + 1) / 2 * large + (1 - share) / 2 * small
+    small = at_t(variance.log())
+    log_variance = learned_log_variance(share, at_t(variance), at_t(beta))
     mean = at_t(by_x0) * predicted_x0.detach() + at_t(by_x) * x
     true_mean = at_t(by_x0) * x0 + at_t(by_x) * x
     kl = 0.5 * (log_variance - small - 1 + (small - log_variance).exp() + (true_mean - mean) ** 2 / log_variance.exp())

@@ -1,4 +1,4 @@
-"""From what a network puts out to what it says about the picture: x0, eps and a variance."""
+"""From the output of a network to x0, eps and a variance; and noising, the way back."""
 
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -14,7 +14,7 @@ VarType = Literal["fixed_small", "fixed_large", "learned_range"]
 
 
 class Prediction(NamedTuple):
-    """What is believed of x_t: the data and the noise in it, kept apart so that guidance may shift either."""
+    """The data and the noise that are predicted in x_t, kept apart so that guidance may shift either."""
 
     x0: Tensor  # (B, C, H, W) in [-1, 1]
     eps: Tensor  # (B, C, H, W)
@@ -37,6 +37,25 @@ def to_x0(output: Tensor, x: Tensor, alpha_bar: Tensor | float, parametrisation:
 def to_eps(x0: Tensor, x: Tensor, alpha_bar: Tensor | float) -> Tensor:
     """The noise that makes x_t out of x0: (x_t − √ᾱ·x0) / √(1−ᾱ)."""
     return (x - alpha_bar**0.5 * x0) / (1 - alpha_bar) ** 0.5
+
+
+def add_noise(x0: Tensor, eps: Tensor, alpha_bar: Tensor | float) -> Tensor:
+    """x_t = √ᾱ·x0 + √(1−ᾱ)·eps; ``alpha_bar`` is a number, or (B,) with one for each image."""
+    if isinstance(alpha_bar, Tensor) and alpha_bar.ndim == 1:
+        alpha_bar = alpha_bar[:, None, None, None]
+    return alpha_bar**0.5 * x0 + (1 - alpha_bar) ** 0.5 * eps
+
+
+def learned_log_variance(share: Tensor, small: Tensor, large: Tensor) -> Tensor:
+    """log σ² between the logarithms of two variances (Nichol & Dhariwal 2021, eq. 15).
+
+    Args:
+        share: what the network puts out, from −1 for ``small`` to 1 for ``large``.
+        small: the posterior variance.
+        large: β.
+    """
+    share = (share + 1) / 2
+    return share * large.log() + (1 - share) * small.log()
 
 
 def training_target(x0: Tensor, eps: Tensor, alpha_bar: Tensor, parametrisation: Parametrisation) -> Tensor:
@@ -77,8 +96,6 @@ class NetworkDenoiser:
         if self.var_type == "fixed_large":
             return x.new_tensor(step.beta)
         if learned is None:
-            raise InputError("var_type: learned_range given, but the network has no variance; fixed_small would do")
-        small = x.new_tensor(max(step.posterior_variance, 1e-20)).log()
-        large = x.new_tensor(step.beta).log()
-        share = (learned + 1) / 2
-        return (share * large + (1 - share) * small).exp()
+            raise InputError("var_type: got learned_range, but the network has no variance; use fixed_small")
+        small = x.new_tensor(step.posterior_variance or step.variance_floor)
+        return learned_log_variance(learned, small, x.new_tensor(step.beta)).exp()

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ Update = Callable[[Tensor, Prediction, Step, Draw], Tensor]
 
 class State(NamedTuple):
     x: Tensor  # (B, C, H, W) after the step
-    x0: Tensor  # (B, C, H, W), what the step believed the picture to be
+    x0: Tensor  # (B, C, H, W), what the step predicted
     step: Step
 
 
@@ -41,7 +42,7 @@ class Noise:
         self._generator = torch.Generator(self.device)
 
     def __call__(self, k: int | str) -> Tensor:
-        """(B, C, H, W): draw ``k``, where 0 is x_T and step i of the walk uses i + 1; a critic names its own."""
+        """(B, C, H, W): draw ``k``, where 0 is x_T and step i of the walk uses i + 1; an objective names its own."""
         return torch.stack([self._one(seed, k) for seed in self.seeds])
 
     def _one(self, seed: int | str, k: int | str) -> Tensor:
@@ -50,7 +51,7 @@ class Noise:
 
 
 def sample(denoise: Denoiser, steps: Sequence[Step], update: Update, noise: Noise) -> Iterator[State]:
-    """Walk ``steps`` from pure noise, yielding after each; the last ``x`` is the picture, in [-1, 1] or about."""
+    """Walk ``steps`` from pure noise, yielding after each. The last ``x`` is the picture, in about [-1, 1]."""
     x = noise(0)
     for k, step in enumerate(steps, start=1):
         if step.s > step.t:
@@ -59,7 +60,7 @@ def sample(denoise: Denoiser, steps: Sequence[Step], update: Update, noise: Nois
             yield State(x, x, step)
             continue
         prediction = denoise(x, step)
-        x = update(x, prediction, step, lambda k=k: noise(k))
+        x = update(x, prediction, step, partial(noise, k))
         yield State(x, prediction.x0, step)
 
 
@@ -72,7 +73,7 @@ def ancestral(x: Tensor, pred: Prediction, step: Step, draw: Draw) -> Tensor:
 def ddim(eta: float) -> Update:
     """DDIM (Song et al. 2021, eq. 12 and 16): ``eta`` 0 is deterministic, 1 is DDPM with the small variance."""
     if not 0 <= eta <= 1:
-        raise InputError(f"ddim_eta: {eta} given; between 0 and 1 would do")
+        raise InputError(f"ddim_eta: got {eta}, expected 0 to 1")
 
     def update(x: Tensor, pred: Prediction, step: Step, draw: Draw) -> Tensor:
         variance = eta**2 * step.posterior_variance

@@ -5,8 +5,8 @@ Only ``alpha_bar`` is stored ("alphas_cumprod" elsewhere); everything else is de
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,14 +18,32 @@ ScheduleName = Literal["linear", "scaled_linear", "cosine"]
 Betas = tuple[float, float]
 
 
+Values = TypeVar("Values", float, Tensor)
+
+
+def posterior_variance(alpha_bar_t: Values, alpha_bar_s: Values) -> Values:
+    """The variance of q(x_s | x_t, x_0) (Ho et al. 2020, eq. 7); 0 where s is data, ᾱ_s = 1."""
+    return (1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)
+
+
 @dataclass(frozen=True)
 class Step:
-    """One move x_t -> x_s. ``s < t`` denoises, with ``s = -1`` meaning data; ``s > t`` adds noise (time travel)."""
+    """One move x_t -> x_s. ``s < t`` denoises, with ``s = -1`` meaning data; ``s > t`` adds noise (time travel).
+
+    Args:
+        t: where it starts.
+        s: where it goes.
+        alpha_bar_t: ᾱ_t.
+        alpha_bar_s: ᾱ_s.
+        variance_floor: at the last step, the posterior variance of the step before, from which a learned range starts
+            where the posterior has none of its own (guided-diffusion's ``posterior_variance[1]``).
+    """
 
     t: int
     s: int
     alpha_bar_t: float
     alpha_bar_s: float
+    variance_floor: float = 1e-20
 
     @property
     def beta(self) -> float:
@@ -34,8 +52,8 @@ class Step:
 
     @property
     def posterior_variance(self) -> float:
-        """The variance of q(x_s | x_t, x_0), "fixed_small" (Ho et al. 2020, eq. 7); 0 where s is data."""
-        return (1 - self.alpha_bar_s) / (1 - self.alpha_bar_t) * self.beta
+        """:func:`posterior_variance`, "fixed_small"."""
+        return posterior_variance(self.alpha_bar_t, self.alpha_bar_s)
 
 
 class Schedule:
@@ -49,10 +67,10 @@ class Schedule:
         self.alpha_bar = torch.as_tensor(alpha_bar, dtype=torch.float64)
         falling = torch.all(self.alpha_bar[1:] < self.alpha_bar[:-1])
         if not falling or self.alpha_bar[0] >= 1 or self.alpha_bar[-1] <= 0:
-            raise InputError("alpha_bar must fall strictly from below 1 to above 0")
+            raise InputError("alpha_bar: expected values that fall strictly, from below 1 to above 0")
 
     @classmethod
-    def named(cls, name: ScheduleName, num_timesteps: int = 1000, betas: Betas = (1e-4, 0.02)) -> "Schedule":
+    def from_name(cls, name: ScheduleName, num_timesteps: int = 1000, betas: Betas = (1e-4, 0.02)) -> "Schedule":
         """``linear`` in β (Ho et al. 2020), ``scaled_linear`` in √β, or ``cosine`` (Nichol & Dhariwal 2021, eq. 17).
 
         Args:
@@ -69,7 +87,7 @@ class Schedule:
             u = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
             f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
             return cls.from_betas((1 - f[1:] / f[:-1]).clamp(max=0.999))
-        raise InputError(f"schedule: {name!r} is not one of linear, scaled_linear, cosine")
+        raise InputError(f"schedule: got {name!r}, expected linear, scaled_linear or cosine")
 
     @classmethod
     def from_betas(cls, betas: Tensor) -> "Schedule":
@@ -91,7 +109,7 @@ class Schedule:
         """
         num = len(self)
         if not 1 <= n <= num:
-            raise InputError(f"skip_steps: {n} given; between 1 and the schedule's {num} would do")
+            raise InputError(f"skip_steps: got {n}, expected 1 to {num}")
         if skip_type == "uniform":
             times = [i * num // n for i in range(n)]
         elif skip_type == "uniform2":
@@ -99,12 +117,15 @@ class Schedule:
         elif skip_type == "quad":
             top = math.sqrt(0.8 * num)
             if n > top**2:
-                raise InputError(f"skip_steps: {n} given; quad has at most {int(top**2)} steps")
+                raise InputError(f"skip_steps: got {n}, expected at most {int(top**2)} for skip_type quad")
             times = [max(i, int((top * i / max(n - 1, 1)) ** 2)) for i in range(n)] if n > 1 else [int(top**2)]
         else:
-            raise InputError(f"skip_type: {skip_type!r} is not one of uniform, uniform2, quad")
+            raise InputError(f"skip_type: got {skip_type!r}, expected uniform, uniform2 or quad")
         times = times[::-1]
-        return [self.step(t, s) for t, s in zip(times, [*times[1:], -1], strict=True)]
+        steps = [self.step(t, s) for t, s in zip(times, [*times[1:], -1], strict=True)]
+        if n > 1:
+            steps[-1] = replace(steps[-1], variance_floor=steps[-2].posterior_variance)
+        return steps
 
 
 def time_travel(steps: Sequence[Step], repeats: int) -> list[Step]:

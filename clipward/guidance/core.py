@@ -1,15 +1,15 @@
 """Guidance: where the gradient is taken × how it is injected × how strong.
 
 Every published formula is a shift of a :class:`Prediction`, so the sampler never knows that it is guided. With
-g ≈ ∇ log p(y | ·) and a strength s per image:
+g ≈ ∇ log p(y | ·) and a weight w per image:
 
 ============  ====================  ===============  =====================================================
 shift         x0 gains              eps gains        equals
 ============  ====================  ===============  =====================================================
-shift_mean    s·σ_t²·g / √ᾱ_s       0                μ + s·σ_t²·g: CLIP guidance; Dhariwal & Nichol, Alg. 1
-shift_eps     s·(1−ᾱ_t)/√ᾱ_t·g      −s·√(1−ᾱ_t)·g    score addition; Dhariwal & Nichol 2021, Alg. 2
-shift_sample  s·g / √ᾱ_s            0                x_s + s·g: DPS, FreeDoM, Polyak steps
-shift_x0      s·g                   0                MPGD (He et al. 2023)
+shift_mean    w·σ_t²·g / √ᾱ_s       0                μ + w·σ_t²·g: CLIP guidance; Dhariwal & Nichol, Alg. 1
+shift_eps     w·(1−ᾱ_t)/√ᾱ_t·g      −w·√(1−ᾱ_t)·g    score addition; Dhariwal & Nichol 2021, Alg. 2
+shift_sample  w·g / √ᾱ_s            0                x_s + w·g: DPS, FreeDoM, Polyak steps
+shift_x0      w·g                   0                MPGD (He et al. 2023)
 ============  ====================  ===============  =====================================================
 
 ``shift_mean`` injects σ_t²·g whatever the update does, and σ_t² is the model's, so DDIM with η = 0 still guides;
@@ -20,7 +20,7 @@ without the fresh noise it guides about twice as hard as at η = 1. Over few ste
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,15 +31,15 @@ from clipward.diffusion.schedule import Step
 FLAT = 0.01  # standard deviation of a picture in [-1, 1] in which nothing can be seen
 
 
-class Loss(Protocol):
+class Objective(Protocol):
     """What a picture is scored by; guidance raises it."""
 
     def __call__(self, image: Tensor, step: Step) -> Tensor:
         """image: (B, C, H, W) in [-1, 1]. Returns (B,), one number per image."""
 
 
-class PixelLoss(Loss, Protocol):
-    """A loss that knows its gradient at the pixels that its critic sees."""
+class PixelObjective(Objective, Protocol):
+    """An objective that knows its gradient at the pixels that its own network sees."""
 
     def pixel_gradient(self, image: Tensor) -> Tensor:
         """image: (B, C, H, W) in [-1, 1]. Returns the same shape."""
@@ -89,12 +89,12 @@ class GuidedDenoiser:
         in_float32: Callable[[], AbstractContextManager] | None = None,
     ) -> None:
         self.denoise, self.guidances, self.in_float32 = denoise, tuple(guidances), in_float32
-        self.retries: Tensor | int = 0
+        self.retries = torch.zeros(1, dtype=torch.long)
 
     def __call__(self, x: Tensor, step: Step) -> Prediction:
         pred = self._guided(x, step)
         broken = _broken(pred)
-        self.retries = self.retries + broken.long()
+        self.retries = self.retries.to(broken.device) + broken
         if self.in_float32 is not None and broken.any():
             with self.in_float32():
                 again = self._guided(x, step)
@@ -136,10 +136,10 @@ class Clamp:
 
 
 class RefuseFlat:
-    """Changes nothing, and refuses an x̂0 so flat that a critic can't see anything in it.
+    """Changes nothing, and refuses an x̂0 so flat that CLIP cannot see anything in it.
 
     Args:
-        weight: (B,) the strength of the guidance that follows; an image with 0 may be as it likes.
+        weight: (B,) the weight of the guidance that follows; an image of weight 0 is not looked at.
 
     Raises:
         GuidanceError: when called on one.
@@ -154,46 +154,73 @@ class RefuseFlat:
     def __call__(self, pred: Prediction, x: Tensor, step: Step) -> Prediction:
         flat = self.guided & (pred.x0.detach().flatten(1).std(dim=1) < FLAT)
         if flat.any():
-            raise GuidanceError(int(flat.nonzero()[0]), f"the critic sees a near-constant picture at t={step.t}")
+            raise GuidanceError(int(flat.nonzero()[0]), f"CLIP sees a near-constant picture at t={step.t}")
         return pred
 
 
-# where the gradient is taken: (loss, pred, x, step) -> (B, C, H, W)
-Gradient = Callable[[Loss, Prediction, Tensor, Step], Tensor]
+# where the gradient is taken
+
+AnyObjective = TypeVar("AnyObjective", bound=Objective)
 
 
-def grad_noisy(loss: Loss, pred: Prediction, x: Tensor, step: Step) -> Tensor:
-    """∇_{x_t} L(x_t, t), for a critic that was trained on noisy images (GLIDE). No network backward."""
-    return _gradient(loss, x.detach().requires_grad_(), step)
+@dataclass(frozen=True)
+class Gradient(Generic[AnyObjective]):
+    """``gradient(objective, pred, x, step)`` -> (B, C, H, W).
+
+    Args:
+        take: what computes it.
+        needs_graph: whether it differentiates through the denoising network, which then keeps its graph.
+    """
+
+    take: Callable[[AnyObjective, Prediction, Tensor, Step], Tensor]
+    needs_graph: bool = False
+
+    def __call__(self, objective: AnyObjective, pred: Prediction, x: Tensor, step: Step) -> Tensor:
+        return self.take(objective, pred, x, step)
 
 
-def grad_clean(loss: Loss, pred: Prediction, x: Tensor, step: Step) -> Tensor:
+def through_network(take: Callable[[Objective, Prediction, Tensor, Step], Tensor]) -> Gradient[Objective]:
+    """Mark a gradient that differentiates through the denoising network."""
+    return Gradient(take, needs_graph=True)
+
+
+@Gradient
+def grad_noisy(objective: Objective, pred: Prediction, x: Tensor, step: Step) -> Tensor:
+    """∇_{x_t} L(x_t, t), by a model that was trained on noisy images (GLIDE). No network backward."""
+    return _gradient(objective, x.detach().requires_grad_(), step)
+
+
+@Gradient
+def grad_clean(objective: Objective, pred: Prediction, x: Tensor, step: Step) -> Tensor:
     """∇_{x̂0} L(x̂0). No network backward."""
-    return _gradient(loss, pred.x0.detach().requires_grad_(), step)
+    return _gradient(objective, pred.x0.detach().requires_grad_(), step)
 
 
-def grad_denoised(loss: Loss, pred: Prediction, x: Tensor, step: Step) -> Tensor:
+@through_network
+def grad_denoised(objective: Objective, pred: Prediction, x: Tensor, step: Step) -> Tensor:
     """∇_{x_t} L(x̂0(x_t)), through the network."""
-    return _derivative(loss(pred.x0, step), x)
+    return _derivative(objective(pred.x0, step), x)
 
 
-def grad_blended(loss: Loss, pred: Prediction, x: Tensor, step: Step) -> Tensor:
+@through_network
+def grad_blended(objective: Objective, pred: Prediction, x: Tensor, step: Step) -> Tensor:
     """∇_{x_t} L(√(1−ᾱ_t)·x̂0 + (1 − √(1−ᾱ_t))·x_t), through the network (Crowson's clip-guided diffusion)."""
     share = (1 - step.alpha_bar_t) ** 0.5
-    return _derivative(loss(share * pred.x0 + (1 - share) * x, step), x)
+    return _derivative(objective(share * pred.x0 + (1 - share) * x, step), x)
 
 
-def grad_pixels(loss: PixelLoss, pred: Prediction, x: Tensor, step: Step) -> Tensor:
-    """The gradient at the critic's own pixels of x̂0, in place of x̂0's, over √ᾱ_t. No network backward.
+@Gradient
+def grad_pixels(objective: PixelObjective, pred: Prediction, x: Tensor, step: Step) -> Tensor:
+    """The gradient at the pixels that CLIP sees of x̂0, in place of x̂0's own, over √ᾱ_t. No network backward.
 
     1/√ᾱ_t is what ∂x̂0/∂x_t would be if the network's eps did not depend on x_t.
     """
-    return loss.pixel_gradient(pred.x0) / step.alpha_bar_t**0.5
+    return objective.pixel_gradient(pred.x0) / step.alpha_bar_t**0.5
 
 
-def _gradient(loss: Loss, at: Tensor, step: Step) -> Tensor:
+def _gradient(objective: Objective, at: Tensor, step: Step) -> Tensor:
     with torch.enable_grad():
-        return _derivative(loss(at, step), at)
+        return _derivative(objective(at, step), at)
 
 
 def _derivative(scores: Tensor, at: Tensor) -> Tensor:
@@ -204,7 +231,7 @@ def _derivative(scores: Tensor, at: Tensor) -> Tensor:
     return torch.autograd.grad(scale * scores.sum(), at, retain_graph=True)[0] / scale
 
 
-# how it is injected: (pred, s·g, step) -> Prediction
+# how it is injected: (pred, w·g, step) -> Prediction
 Shift = Callable[[Prediction, Tensor, Step], Prediction]
 
 
@@ -242,33 +269,33 @@ def rms(image: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class GradientGuidance:
+class GradientGuidance(Generic[AnyObjective]):
     """One gradient, injected one way.
 
     Args:
-        loss: what is raised.
-        weight: (B,) the strength s of each image; 0 leaves an image as it is.
+        objective: what is raised.
+        weight: (B,) the weight w of each image; 0 leaves an image as it is.
         gradient: where the gradient is taken.
         shift: how it is injected.
         scale: what the weight is multiplied by at each step.
         limit: how far the mean may be moved, as a share of the noise that a step adds: the largest root mean square of
-            σ_t·s·g, whose like in the noise is 1. What is more is scaled down, image by image.
+            σ_t·w·g, whose like in the noise is 1. What is more is scaled down, image by image.
         required: whether a gradient of 0 is an error, as it is for what a text asks.
     """
 
-    loss: Loss
+    objective: AnyObjective
     weight: Tensor
-    gradient: Gradient
+    gradient: Gradient[AnyObjective]
     shift: Shift
     scale: Scale | None = None
     limit: float | None = None
     required: bool = True
 
     def needs_graph(self, step: Step) -> bool:
-        return self.gradient in (grad_denoised, grad_blended)
+        return self.gradient.needs_graph
 
     def __call__(self, pred: Prediction, x: Tensor, step: Step) -> Prediction:
-        g = self.gradient(self.loss, pred, x, step)
+        g = self.gradient(self.objective, pred, x, step)
         guided = self.weight != 0
         g = refuse_zero(g) if self.required else g
         scale = 1.0 if self.scale is None else self.scale(g, pred, step)
@@ -281,18 +308,18 @@ class GradientGuidance:
 
 
 @dataclass(frozen=True)
-class Descent:
-    """Several steps up the loss from x̂0, by which x̂0 moves; eps stays, or follows so that x_t stays what it is.
+class GradientAscent:
+    """Several steps of gradient ascent from x̂0, by which x̂0 moves; eps stays, or follows so that x_t stays as it is.
 
     Args:
-        loss: what is raised.
+        objective: what is raised.
         weight: (B,) length of a step; 0 leaves an image as it is.
         count: of steps.
         adam: whether a step is Adam's, of about ``weight`` a pixel, in place of ``weight`` times the gradient.
         eps_follows: eps moves by −√(ᾱ_t/(1−ᾱ_t)) times what x̂0 does (Bansal et al. 2023, eq. 9).
     """
 
-    loss: Loss
+    objective: Objective
     weight: Tensor
     count: int
     adam: bool = False
@@ -306,7 +333,7 @@ class Descent:
         x0 = pred.x0.detach()
         mean, square = torch.zeros_like(x0), torch.zeros_like(x0)
         for i in range(1, self.count + 1):
-            g = refuse_zero(_gradient(self.loss, x0.clone().requires_grad_(), step))
+            g = refuse_zero(_gradient(self.objective, x0.clone().requires_grad_(), step))
             if self.adam:
                 mean, square = 0.9 * mean + 0.1 * g, 0.999 * square + 0.001 * g**2
                 g = (mean / (1 - 0.9**i)) / ((square / (1 - 0.999**i)).sqrt() + 1e-8)
@@ -319,7 +346,7 @@ class Descent:
 
 
 @dataclass(frozen=True)
-class Within:
+class GuidanceInterval:
     """A guidance that acts at ``low < t ≤ high`` alone."""
 
     guidance: Guidance
@@ -334,7 +361,7 @@ class Within:
 
 
 @dataclass(frozen=True)
-class Together:
+class Sum:
     """Guidances that each see the prediction as it came, and whose changes are added."""
 
     guidances: Sequence[Guidance]

@@ -1,8 +1,7 @@
-"""What guides: one or more CLIPs, a noise-aware CLIP, a noise-aware classifier; each loaded when it is needed."""
+"""The models that guide: CLIPs, a noise-aware CLIP, a noise-aware classifier. Each is loaded when it is needed."""
 
 from collections.abc import Sequence
-from functools import cached_property
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,8 +10,18 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from clipward.errors import InputError
 from clipward.files import state_hash
-from clipward.guidance.methods import Kind, Method
-from clipward.guidance.objectives import ClassifierAnswer, ClipAnswer, ClipSimilarity, Critic, Ensemble, Named, Scaled
+from clipward.guidance.contrasts import load_contrasts
+from clipward.guidance.methods import GuidedBy, Method
+from clipward.guidance.objectives import (
+    ClassifierLogLikelihood,
+    ClipSimilarity,
+    ContrastiveLogLikelihood,
+    Ensemble,
+    NamedNoise,
+    Objective,
+    Objectives,
+    Scaled,
+)
 from clipward.networks.classifier import Classifier, load_classifier
 from clipward.networks.clip import Clip
 from clipward.networks.sharding import shard
@@ -20,129 +29,161 @@ from clipward.networks.sharding import shard
 LARGE = 200_000_000  # parameters of an image tower that is worth sharding: ViT-L and larger
 
 
-class Critics:
+@dataclass(frozen=True)
+class GuidanceConfig:
+    """Which models guide, and what a text is compared with.
+
+    Args:
+        clip: one or several CLIPs, by the names that :meth:`clipward.networks.clip.Clip.load` takes.
+        clip_weights: of each CLIP in their average, relative to the others; equal by default.
+        noisy_clip: a noise-aware CLIP, for the methods that look at x_t.
+        classifier: a noise-aware classifier, for classifier guidance.
+        contrasts: groups of phrases that exclude each other, such as ``[[old, young], [man, woman]]``, a YAML file of
+            them, or the name of a set that ships: ``faces`` or ``photographs``. The method ``contrastive`` compares a
+            text with the captions that exchange one of its phrases for another of the group.
+        neutral: a text that is true of any picture, such as ``a person``. ``contrastive`` compares with it too, so
+            that words which are in no group guide as well. A text with neither guides by CLIP's logit.
+    """
+
+    clip: str | list[str] | None = None
+    clip_weights: list[float] | None = None
+    noisy_clip: str | None = None
+    classifier: str | None = None
+    contrasts: str | list[list[str]] | None = None
+    neutral: str | None = None
+
+    def __post_init__(self) -> None:
+        weights, names = self.clip_weights, self.clips
+        if weights is not None and (len(weights) != len(names) or not all(weight > 0 for weight in weights)):
+            raise InputError(f"clip_weights: got {weights}, expected a number above 0 for each of {len(names)} CLIPs")
+
+    @property
+    def clips(self) -> list[str]:
+        """The names of the CLIPs, also of a single one."""
+        return [self.clip] if isinstance(self.clip, str) else list(self.clip or [])
+
+
+class GuidanceModels:
     """Frozen networks that are no part of a module's parameters, checkpoint or optimiser.
 
     Args:
-        clip: names of CLIPs.
-        weights: of each in their average.
-        noisy_clip: the name of a noise-aware CLIP.
-        opposites: groups of phrases that exclude each other.
-        neutral: what is true of any picture.
-        classifier: the path of a noise-aware classifier.
-        checkpointing: CLIPs compute what a backward pass needs anew, in place of keeping it.
+        config: which, and what a text is compared with.
+        checkpointing: CLIPs recompute activations in the backward pass instead of keeping them.
     """
 
-    def __init__(
-        self,
-        clip: list[str],
-        weights: list[float] | None = None,
-        noisy_clip: str | None = None,
-        opposites: list[list[str]] | None = None,
-        neutral: str | None = None,
-        classifier: str | None = None,
-        checkpointing: bool = False,
-    ) -> None:
-        self.names, self.weights = clip, [1.0] * len(clip) if weights is None else weights
-        if len(self.weights) != len(clip) or not all(weight > 0 for weight in self.weights):
-            raise InputError(f"clip_weights: {self.weights} given; a number above 0 for each clip would do")
-        self.noisy_name, self.classifier_path = noisy_clip, classifier
-        self.opposites, self.neutral = opposites or [], neutral
-        for group in self.opposites:
-            if len({phrase.lower() for phrase in group if phrase.strip()}) < max(2, len(group)):
-                raise InputError(f"opposites: {group} given; two or more phrases that exclude each other would do")
-        self.checkpointing = checkpointing
+    def __init__(self, config: GuidanceConfig, checkpointing: bool = False) -> None:
+        self.config, self.checkpointing = config, checkpointing
+        self.names = config.clips
+        self.weights = config.clip_weights or [1.0] * len(self.names)
+        self.contrasts = load_contrasts(config.contrasts or [])
+        self._clips: dict[str, Clip] = {}  # those that are loaded
+        self._classifier: Classifier | None = None
 
-    @cached_property
+    @property
     def clips(self) -> list[Clip]:
         if not self.names:
-            raise InputError("clip: none given; an open_clip folder or name would do, for there is a text to obey")
+            raise InputError("clip: got none, expected the name of a CLIP, since there is a text")
         return [self._load(name) for name in self.names]
 
-    @cached_property
+    @property
     def noisy_clip(self) -> Clip:
-        wanted = "one that configs/faces_noisy_clip.yaml makes would do"
-        if self.noisy_name is None:
-            raise InputError(f"noisy_clip: none given, for a method that looks at noisy pictures; {wanted}")
-        clip = self._load(self.noisy_name)
+        name, wanted = self.config.noisy_clip, "expected one that configs/faces_noisy_clip.yaml makes"
+        if name is None:
+            raise InputError(f"noisy_clip: got none, {wanted}; the method looks at noisy pictures")
+        clip = self._load(name)
         if not clip.noise_aware:
-            raise InputError(f"noisy_clip: {self.noisy_name} knows no noise; {wanted}")
+            raise InputError(f"noisy_clip: got {name}, which has no noise level; {wanted}")
         return clip
 
-    @cached_property
+    @property
     def classifier(self) -> Classifier:
-        wanted = "one that configs/faces_classifier.yaml makes would do"
-        if self.classifier_path is None:
-            raise InputError(f"classifier: none given, for classifier guidance; {wanted}")
-        classifier = load_classifier(Path(self.classifier_path), "classifier")
-        if not classifier.noise_aware:
-            raise InputError(f"classifier: {self.classifier_path} knows no noise; {wanted}")
-        return classifier
+        path, wanted = self.config.classifier, "expected one that configs/faces_classifier.yaml makes"
+        if path is None:
+            raise InputError(f"classifier: got none, {wanted}")
+        if self._classifier is None:
+            classifier = load_classifier(path, "classifier")
+            if not classifier.noise_aware:
+                raise InputError(f"classifier: got {path}, which has no noise level; {wanted}")
+            self._classifier = classifier
+        return self._classifier
 
     def _load(self, name: str) -> Clip:
-        clip = Clip.load(name)
-        clip.checkpointing = self.checkpointing
-        return clip
+        if name not in self._clips:
+            clip = Clip.load(name)
+            clip.checkpointing = self.checkpointing
+            self._clips[name] = clip
+        return self._clips[name]
 
-    def load(self, kind: Kind | None) -> None:
-        """Load what a method of this kind asks, if there is one, and the CLIPs that pictures are scored by."""
-        _ = kind == "noisy clip" and self.noisy_clip
-        _ = kind == "classifier" and self.classifier
-        _ = (kind == "clip" or self.names) and self.clips
-
-    def shard(self, mesh: DeviceMesh) -> None:
-        """Spread the image towers of large CLIPs over the processes; texts are encoded by each process alone."""
-        for clip in self.loaded():
-            visual = clip.model.visual
-            if sum(p.numel() for p in visual.parameters()) >= LARGE:
-                _ = clip.hash  # of the whole
-                shard(visual, getattr(getattr(visual, "transformer", None), "resblocks", []), mesh)
+    def load(self, guided_by: GuidedBy | None) -> None:
+        """Load the kind of model that a method asks for, if any, and the CLIPs that score pictures."""
+        wanted = list(self.names)
+        if guided_by == "clip":
+            wanted = [clip.name for clip in self.clips]
+        elif guided_by == "noisy clip":
+            wanted.append(self.noisy_clip.name)
+        elif guided_by == "classifier":
+            self._classifier = self.classifier
+        for name in wanted:
+            self._load(name)
 
     def loaded(self) -> list[Clip]:
         """All CLIPs that are loaded."""
-        found = vars(self)
-        return found.get("clips", []) + ([self.noisy_clip] if "noisy_clip" in found else [])
+        return list(self._clips.values())
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Spread the image towers of large CLIPs over the processes; each process encodes texts alone."""
+        for clip in self.loaded():
+            visual = clip.model.visual
+            if sum(p.numel() for p in visual.parameters()) >= LARGE:
+                clip.keep_hash()  # of the whole model, before it is in parts
+                shard(visual, getattr(getattr(visual, "transformer", None), "resblocks", []), mesh)
 
     def cosines(self, image: Tensor, text: Sequence[str]) -> Tensor:
         """(B, T): the cosine of each picture and each text, averaged over the CLIPs."""
         clips = [clip.to(image.device) for clip in self.clips]
         found = [clip.encode_image(image) @ clip.encode_text(text).T for clip in clips]
-        return sum(weight * each for weight, each in zip(self.weights, found, strict=True)) / sum(self.weights)
+        weighted = [weight * each for weight, each in zip(self.weights, found, strict=True)]
+        return torch.stack(weighted).sum(dim=0) / sum(self.weights)
 
-    def critic(self, method: Method, text: Sequence[str], noise: Named, device: torch.device) -> Critic:
-        """What a method asks whether a picture obeys."""
-        texts = spared(text)
-        if method.critic == "classifier":
-            return Critic(None, ClassifierAnswer(self.classifier.to(device), texts), noise)
-        noisy = method.critic == "noisy clip"
+    def objectives(self, method: Method, text: Sequence[str], noise: NamedNoise, device: torch.device) -> Objectives:
+        """What a method may raise for a batch: one text for each image."""
+        texts = fill_empty_texts(text)
+        if method.guided_by == "classifier":
+            return Objectives(ClassifierLogLikelihood(self.classifier.to(device), texts), noise)
+        noisy = method.guided_by == "noisy clip"
         clips, weights = ([self.noisy_clip], [1.0]) if noisy else (self.clips, self.weights)
         clips = [clip.to(device) for clip in clips]
         cosine = Ensemble([ClipSimilarity(clip, texts, noisy) for clip in clips], weights)
-        if not method.contrast:
-            return Critic(cosine, Scaled(cosine, cosine.logit_scale), noise)
-        answers = [ClipAnswer(clip, texts, self.opposites, self.neutral, noisy) for clip in clips]
-        return Critic(cosine, Ensemble(answers, weights), noise)
+        log_likelihood: Objective = Scaled(cosine, cosine.logit_scale)
+        if method.contrast:
+            parts = [
+                ContrastiveLogLikelihood(clip, texts, self.contrasts, self.config.neutral, noisy) for clip in clips
+            ]
+            log_likelihood = Ensemble(parts, weights)
+        return Objectives(log_likelihood, noise, cosine)
 
     def provenance(self, method: Method) -> dict[str, Any]:
-        """Names and hashes of what has a part in a picture."""
-        found = vars(self)
-        hashes = [clip.hash for clip in found.get("clips", [])]
-        row = {"clip": self._joined(self.names), "clip_hash": self._joined(hashes)}
-        if method.critic == "noisy clip":
-            row["noisy_clip"] = self.noisy_name
-            row["noisy_clip_hash"] = self.noisy_clip.hash if "noisy_clip" in found else None
-        if method.critic == "classifier":
-            row["classifier"] = self.classifier_path
-            row["classifier_hash"] = state_hash(self.classifier.state_dict()) if "classifier" in found else None
-        return row | ({"opposites": self.opposites, "neutral": self.neutral} if method.contrast else {})
+        """Names and hashes of what has a part in a picture; a model that is not loaded has no hash."""
+        loaded = {name: clip.hash for name, clip in self._clips.items()}
+        row: dict[str, Any] = {
+            "clip": self._join(self.names),
+            "clip_hash": self._join([loaded[name] for name in self.names if name in loaded]),
+        }
+        if method.guided_by == "noisy clip":
+            row["noisy_clip"] = self.config.noisy_clip
+            row["noisy_clip_hash"] = loaded.get(self.config.noisy_clip or "")
+        if method.guided_by == "classifier":
+            row["classifier"] = self.config.classifier
+            row["classifier_hash"] = None if self._classifier is None else state_hash(self._classifier.state_dict())
+        return row | ({"contrasts": self.contrasts, "neutral": self.config.neutral} if method.contrast else {})
 
-    def _joined(self, names: list[str]) -> str | None:
+    def _join(self, names: list[str]) -> str | None:
         if len(names) < 2:
             return next(iter(names), None)
         return " + ".join(f"{weight:g}·{name}" for weight, name in zip(self.weights, names, strict=True))
 
 
-def spared(text: Sequence[str]) -> list[str]:
-    """Where a text is empty, another stands in: no one looks at what it scores."""
-    spare = next(filter(None, text), "a picture")
-    return [sentence or spare for sentence in text]
+def fill_empty_texts(text: Sequence[str]) -> list[str]:
+    """Replace an empty text, whose score no one reads, by another of the batch."""
+    filler = next(filter(None, text), "a picture")
+    return [sentence or filler for sentence in text]

@@ -1,4 +1,4 @@
-"""What a picture is scored by. A loss is raised by guidance: higher is better."""
+"""Objectives: one number for each picture, which guidance raises. Higher is better."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -11,12 +11,13 @@ from torch import Tensor
 
 from clipward.diffusion.schedule import Step
 from clipward.errors import InputError
-from clipward.guidance.contrasts import opposed
-from clipward.guidance.core import Loss
-from clipward.networks.classifier import Classifier, check_named
+from clipward.guidance.contrasts import contrast_captions
+from clipward.guidance.core import Objective
+from clipward.networks.classifier import Classifier
 from clipward.networks.clip import Clip, preprocess
+from clipward.networks.vocabulary import check_attributes
 
-Named = Callable[[str], Tensor]
+NamedNoise = Callable[[str], Tensor]
 
 NONE = -1e4  # a logit that no exponential knows from −∞, and whose gradient is a number
 
@@ -25,7 +26,7 @@ class ClipSimilarity:
     """E_image(image) · E_text(text): the cosine between each picture and its own text.
 
     Args:
-        clip: the critic.
+        clip: what scores.
         texts: one per image of the batch.
         noisy: the picture is x_t, for a noise-aware CLIP, and not x0 or what stands for it.
     """
@@ -38,7 +39,7 @@ class ClipSimilarity:
         """What the cosine was multiplied by in training, so that it is a log-probability but for a constant."""
         return self.clip.model.logit_scale.exp().item()
 
-    def __call__(self, image: Tensor, step: Step | None = None) -> Tensor:
+    def __call__(self, image: Tensor, step: Step) -> Tensor:
         alpha_bar = step.alpha_bar_t if self.noisy else 1.0
         return (self.clip.encode_image(image, alpha_bar) * self.text_features).sum(dim=-1)
 
@@ -52,56 +53,67 @@ class ClipSimilarity:
 
 
 class Ensemble:
-    """The mean of several losses of one kind.
+    """The mean of several objectives of one kind.
 
     Args:
-        losses: what is averaged.
+        objectives: what is averaged.
         weights: of each, relative to the others.
     """
 
-    def __init__(self, losses: Sequence[Any], weights: Sequence[float]) -> None:
-        self.losses, self.shares = losses, [weight / sum(weights) for weight in weights]
+    def __init__(self, objectives: Sequence[Any], weights: Sequence[float]) -> None:
+        self.objectives, self.shares = objectives, [weight / sum(weights) for weight in weights]
 
-    def __call__(self, image: Tensor, step: Step | None = None) -> Tensor:
-        return sum(share * loss(image, step) for share, loss in zip(self.shares, self.losses, strict=True))
+    def __call__(self, image: Tensor, step: Step) -> Tensor:
+        return sum(
+            share * objective(image, step) for share, objective in zip(self.shares, self.objectives, strict=True)
+        )
 
     @property
     def logit_scale(self) -> float:
-        return sum(share * loss.logit_scale for share, loss in zip(self.shares, self.losses, strict=True))
+        return sum(share * objective.logit_scale for share, objective in zip(self.shares, self.objectives, strict=True))
 
     def pixel_gradient(self, image: Tensor) -> Tensor:
-        return sum(share * loss.pixel_gradient(image) for share, loss in zip(self.shares, self.losses, strict=True))
+        return sum(
+            share * objective.pixel_gradient(image)
+            for share, objective in zip(self.shares, self.objectives, strict=True)
+        )
 
 
 @dataclass(frozen=True)
-class Critic:
-    """What guides a batch: a loss for each way of asking whether its pictures obey.
+class Objectives:
+    """What a method may raise for a batch.
 
     Args:
-        cosine: between each picture and its text; a classifier has none.
-        evidence: log p(text | image) as the critic was trained to know it, but for a constant.
+        log_likelihood: log p(text | image), up to a constant, as the guiding model was trained to know it.
         noise: for the name of a draw, (B, C, H, W) of standard normal noise that belongs to the images.
+        similarity: the cosine between each picture and its text; a classifier has none.
     """
 
-    cosine: Ensemble | None
-    evidence: Loss
-    noise: Named
+    log_likelihood: Objective
+    noise: NamedNoise
+    similarity: Ensemble | None = None
+
+    @property
+    def cosine(self) -> Ensemble:
+        if self.similarity is None:
+            raise TypeError("a classifier has no cosine")
+        return self.similarity
 
 
 class Scaled:
-    """``factor`` times a loss."""
+    """``factor`` times an objective."""
 
-    def __init__(self, loss: Loss, factor: float) -> None:
-        self.loss, self.factor = loss, factor
+    def __init__(self, objective: Objective, factor: float) -> None:
+        self.objective, self.factor = objective, factor
 
     def __call__(self, image: Tensor, step: Step) -> Tensor:
-        return self.factor * self.loss(image, step)
+        return self.factor * self.objective(image, step)
 
 
 class Distance:
     """−‖E_image − E_text‖ of features of unit length, by their cosine."""
 
-    def __init__(self, cosine: Loss) -> None:
+    def __init__(self, cosine: Objective) -> None:
         self.cosine = cosine
 
     def __call__(self, image: Tensor, step: Step) -> Tensor:
@@ -111,7 +123,7 @@ class Distance:
 class SphericalDistance:
     """−2·arcsin(‖E_image − E_text‖/2)², half the square of the angle between them (Crowson's clip-guided diffusion)."""
 
-    def __init__(self, cosine: Loss) -> None:
+    def __init__(self, cosine: Objective) -> None:
         self.distance = Distance(cosine)
 
     def __call__(self, image: Tensor, step: Step) -> Tensor:
@@ -119,38 +131,38 @@ class SphericalDistance:
 
 
 class MonteCarlo:
-    """log E[exp L(x̂0 + r·noise)], r = σ·√(1−ᾱ_t): a loss that is smoothed over what x0 may be.
+    """log E[exp L(x̂0 + r·noise)], r = σ·√(1−ᾱ_t): an objective smoothed over what x0 may be.
 
     With σ = 1 the noise is that of x0 given x_t under a unit Gaussian (Song et al. 2023, LGD-MC).
 
     Args:
-        loss: what is smoothed, a log-likelihood.
+        objective: what is smoothed, a log-likelihood.
         noise: for the name of a draw, (B, C, H, W) of standard normal noise that belongs to the images.
         count: draws.
         sigma: σ.
     """
 
-    def __init__(self, loss: Loss, noise: Named, count: int, sigma: float = 1.0) -> None:
-        self.loss, self.noise, self.count, self.sigma = loss, noise, count, sigma
+    def __init__(self, objective: Objective, noise: NamedNoise, count: int, sigma: float = 1.0) -> None:
+        self.objective, self.noise, self.count, self.sigma = objective, noise, count, sigma
 
     def __call__(self, image: Tensor, step: Step) -> Tensor:
         r = self.sigma * (1 - step.alpha_bar_t) ** 0.5
-        scores = [self.loss(image + r * self.noise(f"smooth/{step.t}/{i}"), step) for i in range(self.count)]
+        scores = [self.objective(image + r * self.noise(f"smooth/{step.t}/{i}"), step) for i in range(self.count)]
         return torch.stack(scores).logsumexp(dim=0) - math.log(self.count)
 
 
 class Cutouts:
-    """The mean of a loss over square cuts of a picture, of random sizes and places.
+    """The mean of an objective over square cuts of a picture, of random sizes and places.
 
     Args:
-        loss: of a cut.
+        objective: of a cut.
         noise: as in :class:`MonteCarlo`; it decides the cuts.
         count: cuts.
         smallest: side of the smallest cut, as a share of the picture's.
     """
 
-    def __init__(self, loss: Loss, noise: Named, count: int = 16, smallest: float = 0.5) -> None:
-        self.loss, self.noise, self.count, self.smallest = loss, noise, count, smallest
+    def __init__(self, objective: Objective, noise: NamedNoise, count: int = 16, smallest: float = 0.5) -> None:
+        self.objective, self.noise, self.count, self.smallest = objective, noise, count, smallest
 
     def __call__(self, image: Tensor, step: Step) -> Tensor:
         side = image.shape[-1]
@@ -164,24 +176,24 @@ class Cutouts:
                 y, x = (round((side - length) * at) for at in (top, left))
                 cut = picture[None, :, y : y + length, x : x + length]
                 cuts.append(F.interpolate(cut, (side, side), mode="bilinear", align_corners=False))
-            scores.append(self.loss(torch.cat(cuts), step))
+            scores.append(self.objective(torch.cat(cuts), step))
         return torch.stack(scores).mean(dim=0)
 
 
 class Views:
-    """The mean of a loss over four views: as it is, mirrored, and each of these moved by a 32nd of its side both ways.
+    """The mean of an objective over four views: the picture, its mirror image, and both shifted by a 32nd of a side.
 
-    What raises it in all of them is what the picture shows, and not a texture that its critic mistakes for it.
+    Something that raises it in all views is in the picture, and not a texture that only fools CLIP.
     """
 
-    def __init__(self, loss: Loss) -> None:
-        self.loss = loss
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
 
     def __call__(self, image: Tensor, step: Step) -> Tensor:
         by = max(1, image.shape[-1] // 32)
         mirrored = image.flip(-1)
         views = [image, mirrored, _moved(image, by), _moved(mirrored, -by)]
-        return torch.stack([self.loss(view, step) for view in views]).mean(dim=0)
+        return torch.stack([self.objective(view, step) for view in views]).mean(dim=0)
 
 
 def _moved(image: Tensor, by: int) -> Tensor:
@@ -209,67 +221,68 @@ class Range:
         return -((image - image.clamp(-1, 1)) ** 2).mean(dim=(1, 2, 3))
 
 
-class ClipAnswer:
-    """Σ log p(text | image) among the text and its rivals of a kind, over the kinds, with CLIP's own logit scale.
+class ContrastiveLogLikelihood:
+    """Σ over the groups of log p(text | image) among the text and its contrast captions, by CLIP's own logit scale.
 
-    CLIP as a classifier of what could be said instead: an old man is told from a young man, from an old woman, and from
-    just any person. The gradient fades where a picture shows it; a bare cosine always asks for more.
+    It uses CLIP as a classifier of what could be said instead: "an old man" against "a young man", against "an old
+    woman", and against "a person". The gradient fades once a picture shows the text; that of a cosine never does.
 
     Args:
-        clip: the critic.
-        texts: one per image of the batch. One that has no rivals is scored by its own logit.
-        opposites: groups of phrases that exclude each other; a text's rivals of a kind are by :func:`opposed`.
-        neutral: what is true of any picture, a rival of its own kind.
+        clip: what scores.
+        texts: one per image of the batch. A text without contrast captions is scored by its own logit.
+        contrasts: groups of phrases that exclude each other; :func:`contrast_captions` makes captions of them.
+        neutral: a text that is true of any picture; it is a group of its own.
         noisy: as in :class:`ClipSimilarity`.
 
     Raises:
-        InputError: where a rival is too long for the CLIP.
+        InputError: where a contrast caption is too long for the CLIP.
     """
 
     def __init__(
         self,
         clip: Clip,
         texts: Sequence[str],
-        opposites: Sequence[Sequence[str]],
+        contrasts: Sequence[Sequence[str]],
         neutral: str | None = None,
         noisy: bool = False,
     ) -> None:
         self.clip, self.noisy = clip, noisy
         self.own = clip.encode_text(texts)  # (B, D)
         # the same shape whatever the texts, so that no picture depends on its neighbours
-        kinds, most = len(opposites) + 1, max([1, *(len(group) - 1 for group in opposites)])
-        self.rivals = self.own.new_zeros(len(texts), kinds, most, self.own.shape[-1])  # (B, K, R, D)
-        self.mask = self.own.new_full((len(texts), kinds, most), NONE)
+        groups, most = len(contrasts) + 1, max([1, *(len(phrases) - 1 for phrases in contrasts)])
+        self.others = self.own.new_zeros(len(texts), groups, most, self.own.shape[-1])  # (B, groups, captions, D)
+        self.mask = self.own.new_full((len(texts), groups, most), NONE)
         for i, text in enumerate(texts):
-            found = [*(opposed(text, group) for group in opposites), [neutral] * (neutral not in (None, text))]
-            for kind, others in enumerate(found):
-                if others:
-                    self.rivals[i, kind, : len(others)] = _encoded(clip, text, others)
-                    self.mask[i, kind, : len(others)] = 0
+            found = [contrast_captions(text, phrases) for phrases in contrasts]
+            found.append([] if neutral is None or neutral == text else [neutral])
+            for group, captions in enumerate(found):
+                if captions:
+                    self.others[i, group, : len(captions)] = _encoded(clip, text, captions)
+                    self.mask[i, group, : len(captions)] = 0
         self.alone = (self.mask == NONE).flatten(1).all(dim=1)
 
     def __call__(self, image: Tensor, step: Step) -> Tensor:
         features = self.clip.encode_image(image, step.alpha_bar_t if self.noisy else 1.0)
         features = self.clip.model.logit_scale.exp() * features
         own = (features * self.own).sum(dim=-1)  # (B,)
-        ahead = (self.rivals @ features[:, None, :, None]).squeeze(-1) - own[:, None, None]  # (B, K, R)
-        # not by log_softmax, whose gradient is rounded to 0 where a picture is 16 logits from its rivals
+        ahead = (self.others @ features[:, None, :, None]).squeeze(-1) - own[:, None, None]  # (B, groups, captions)
+        # not by log_softmax, whose gradient is rounded to 0 where a picture is 16 logits from its contrast captions
         answer = -F.softplus((ahead + self.mask).logsumexp(dim=2)).sum(dim=1)
         return torch.where(self.alone, own, answer)
 
 
-def _encoded(clip: Clip, text: str, rivals: Sequence[str]) -> Tensor:
+def _encoded(clip: Clip, text: str, captions: Sequence[str]) -> Tensor:
     try:
-        return clip.encode_text(rivals)
+        return clip.encode_text(captions)
     except InputError as error:
-        raise InputError(f"{error}; it is a rival of {text!r}, by opposites or neutral") from error
+        raise InputError(f"{error}; it is a contrast caption of {text!r}, by contrasts or neutral") from error
 
 
-class ClassifierAnswer:
+class ClassifierLogLikelihood:
     """Σ log p(value | x_t) over the attributes that a text names, by a noise-aware classifier.
 
     Args:
-        classifier: the critic.
+        classifier: what scores.
         texts: one per image of the batch.
 
     Raises:
@@ -279,8 +292,8 @@ class ClassifierAnswer:
     def __init__(self, classifier: Classifier, texts: Sequence[str]) -> None:
         self.classifier = classifier
         for text in texts:
-            check_named(classifier.vocabulary, text, "classifier")
-        self.wanted = [classifier.named(text) for text in texts]
+            check_attributes(classifier.vocabulary, text, "classifier")
+        self.wanted = [classifier.find_attributes(text) for text in texts]
 
     def __call__(self, image: Tensor, step: Step) -> Tensor:
         logits = self.classifier(image, step.alpha_bar_t)

@@ -1,7 +1,6 @@
-"""A small classifier of named attributes, which also knows the words that name them."""
+"""A small classifier of attributes, which also knows the words that name them."""
 
 import json
-import re
 from pathlib import Path
 
 import torch
@@ -10,11 +9,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clipward.errors import InputError
-from clipward.files import read_safetensors, whole
-from clipward.networks.noise_level import LevelledConv
+from clipward.files import atomic_write, locate, read_safetensors
+from clipward.networks.noise_level import NoiseConditionedConv, with_noise_level
+from clipward.networks.vocabulary import Vocabulary, find_attributes
 
 FORMAT = "clipward-classifier-1"
-Vocabulary = dict[str, dict[str, list[str]]]
 
 
 class Classifier(nn.Module):
@@ -23,7 +22,7 @@ class Classifier(nn.Module):
     Args:
         vocabulary: ``{attribute: {value: [words that name it]}}``; the order of the values is that of the labels.
         width: channels of the first stage; each of four stages halves the size and widens.
-        noise_aware: whether it looks at x_t and is told ᾱ_t.
+        noise_aware: whether it looks at x_t and knows ᾱ_t.
     """
 
     def __init__(self, vocabulary: Vocabulary, width: int = 32, noise_aware: bool = False) -> None:
@@ -33,75 +32,52 @@ class Classifier(nn.Module):
         c = 3
         for stage in range(4):
             wide = width * min(4, 2**stage)
-            layers += [nn.Conv2d(c, wide, 3, stride=2, padding=1), nn.GroupNorm(8, wide), nn.SiLU()]
+            conv = nn.Conv2d(c, wide, 3, stride=2, padding=1)
+            layers += [NoiseConditionedConv(conv) if noise_aware and stage == 0 else conv]
+            layers += [nn.GroupNorm(8, wide), nn.SiLU()]
             layers += [nn.Conv2d(wide, wide, 3, padding=1), nn.GroupNorm(8, wide), nn.SiLU()]
             c = wide
-        if noise_aware:
-            layers[0] = LevelledConv(layers[0])
         self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Dropout(0.2))
         self.heads = nn.ModuleDict({name: nn.Linear(c * 16, len(values)) for name, values in vocabulary.items()})
 
     def forward(self, image: Tensor, alpha_bar: Tensor | float = 1.0) -> dict[str, Tensor]:
         """(B, 3, H, W) in [-1, 1], or x_t of ``alpha_bar`` if noise-aware -> logits (B, values) of each attribute."""
-        if self.noise_aware:
-            self.body[0].alpha_bar = torch.as_tensor(alpha_bar, device=image.device).expand(len(image))
-        features = self.body(image)
+        features = self.body(with_noise_level(image, alpha_bar) if self.noise_aware else image)
         return {name: head(features) for name, head in self.heads.items()}
 
     def loss(self, image: Tensor, labels: Tensor, alpha_bar: Tensor | float = 1.0) -> Tensor:
         """Cross-entropy averaged over the attributes; ``labels`` is (B, attributes)."""
         logits = self(image, alpha_bar)
         losses = [F.cross_entropy(logits[name], labels[:, i]) for i, name in enumerate(self.vocabulary)]
-        return sum(losses) / len(losses)
+        return torch.stack(losses).mean()
 
-    def named(self, text: str) -> dict[str, str]:
+    def find_attributes(self, text: str) -> dict[str, str]:
         """What a text names; see :func:`named`."""
-        return named(self.vocabulary, text)
+        return find_attributes(self.vocabulary, text)
 
     def features(self, image: Tensor) -> Tensor:
         """(B, C), averaged over the picture: what tells one set of pictures from another."""
         return self.body[:-3](image).mean(dim=(2, 3))
 
 
-def named(vocabulary: Vocabulary, text: str) -> dict[str, str]:
-    """What a text names: ``"an old man"`` gives ``{"gender": "man", "age": "old"}``."""
-    found: dict[str, str] = {}
-    for attribute, values in vocabulary.items():
-        hits = [
-            (len(words), value)
-            for value, names in values.items()
-            for words in names
-            if re.search(rf"\b{re.escape(words)}\b", text.lower())
-        ]
-        if hits:
-            found[attribute] = max(hits)[1]  # the longest: "no glasses" before "glasses"
-    return found
-
-
-def check_named(vocabulary: Vocabulary, text: str, role: str) -> None:
-    """Raise :class:`InputError` where a text names nothing of the vocabulary."""
-    if not named(vocabulary, text):
-        known = ", ".join(vocabulary)
-        raise InputError(f"text: the {role} finds nothing to look for in {text!r}; it knows of {known}")
-
-
 def save_classifier(path: Path, classifier: Classifier) -> None:
-    """Write safetensors in half precision, whole or not at all."""
+    """Write safetensors in half precision, atomically."""
     header = {name: getattr(classifier, name) for name in ("vocabulary", "width", "noise_aware")}
     state = {name: value.half().contiguous().cpu() for name, value in classifier.state_dict().items()}
-    with whole(path) as aside:
+    with atomic_write(path) as aside:
         save_file(state, aside, {"format": FORMAT, "classifier": json.dumps(header)})
 
 
-def load_classifier(path: Path, role: str = "judge") -> Classifier:
+def load_classifier(name: str | Path, role: str = "judge") -> Classifier:
     """Read a classifier, frozen and in evaluation mode.
 
     Raises:
         InputError: where the file is missing or is none.
     """
+    path = locate(name)
     metadata, state = read_safetensors(path, role)
     if metadata.get("format") != FORMAT:
-        raise InputError(f"{role}: {path} is no classifier; one that configs/faces_judge.yaml makes would do")
+        raise InputError(f"{role}: {path} is no classifier; expected one that configs/faces_judge.yaml makes")
     classifier = Classifier(**json.loads(metadata["classifier"]))
     classifier.load_state_dict(state)
     return classifier.eval().requires_grad_(False)

@@ -1,9 +1,8 @@
-"""CLIP, frozen, as a critic of pictures: the only place that imports open_clip."""
+"""CLIP, frozen: the only place that imports open_clip."""
 
 import json
 import pickle
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clipward.errors import InputError, first_line
-from clipward.files import read_safetensors, state_hash, whole
-from clipward.networks.noise_level import LevelledConv
+from clipward.files import atomic_write, locate, read_safetensors, state_hash
+from clipward.networks.noise_level import NoiseConditionedConv, with_noise_level
 
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
 LEVEL_FILE = "noise_level.safetensors"  # what makes it noise-aware
@@ -48,12 +47,13 @@ class Clip:
         name: str = "",
         config: dict[str, Any] | None = None,
     ) -> None:
-        self.model = model.float().eval().requires_grad_(False)
+        self.model: Any = model.float().eval().requires_grad_(False)  # open_clip has no types
         self.tokenizer, self.preprocess, self.name, self.config = tokenizer, preprocess, name, config
-        self.noise_aware = isinstance(getattr(self.model.visual, "conv1", None), LevelledConv)
+        self.noise_aware = isinstance(getattr(self.model.visual, "conv1", None), NoiseConditionedConv)
         self.context_length: int = tokenizer.context_length
         self._texts: dict[str, Tensor] = {}
-        self.checkpointing = False  # compute what a backward pass needs anew, in place of keeping it
+        self._hash = ""
+        self.checkpointing = False  # recompute activations in the backward pass instead of keeping them
 
     @classmethod
     def load(cls, name: str) -> "Clip":
@@ -70,7 +70,7 @@ class Clip:
         """
         import open_clip
 
-        folder, (architecture, _, rest) = Path(name.removeprefix("local-dir:")), name.partition("/")
+        folder, (architecture, _, rest) = locate(name.removeprefix("local-dir:")), name.partition("/")
         known = architecture in open_clip.list_models()
         options: dict[str, Any] = {}
         try:
@@ -80,7 +80,7 @@ class Clip:
                 return cls(model, tokenizer, preprocess_cfg, name)
             if folder.is_dir():
                 if not (folder / CONFIG_FILE).is_file():
-                    raise InputError(f"clip: {name} has no {CONFIG_FILE}; an open_clip folder would do")
+                    raise InputError(f"clip: got {name}, a folder without {CONFIG_FILE}; expected an open_clip folder")
                 source = f"local-dir:{folder}"
             elif name.startswith("hf-hub:"):
                 source = name
@@ -93,8 +93,8 @@ class Clip:
             else:
                 tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) if known else ""
                 raise InputError(
-                    f"clip: {name!r} is neither a folder, a file, nor a pretrained model of open_clip; "
-                    + (f"{architecture}/ with one of {tags} would do" if tags else "ViT-B-32/openai would do")
+                    f"clip: got {name!r}, expected a folder, a file or a pretrained model of open_clip, such as "
+                    + (f"{architecture}/ with one of {tags}" if tags else "ViT-B-32/openai")
                 )
             model = open_clip.create_model(source, require_pretrained=True, **options)
             if (folder / LEVEL_FILE).is_file():
@@ -115,10 +115,15 @@ class Clip:
         self.model.to(device)
         return self
 
-    @cached_property
+    @property
     def hash(self) -> str:
-        """SHA-256 over names and values of the weights, 16 digits."""
-        return state_hash(self.model.state_dict())
+        """SHA-256 over names and values of the weights, 16 digits; computed once."""
+        self.keep_hash()
+        return self._hash
+
+    def keep_hash(self) -> None:
+        """Compute the hash now, if it is not known yet."""
+        self._hash = self._hash or state_hash(self.model.state_dict())
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> Tensor:
@@ -138,7 +143,7 @@ class Clip:
 
     def _check_length(self, text: str) -> None:
         if not text.strip():
-            raise InputError("text: an empty text given; a sentence that says what to draw would do")
+            raise InputError("text: got an empty text, expected a sentence that says what to draw")
         if hasattr(self.tokenizer, "encode"):
             length = len(self.tokenizer.encode(text)) + 2  # a start and an end
         else:  # open_clip's wrapper of a tokenizer of transformers
@@ -149,25 +154,25 @@ class Clip:
                 f"text: {text!r} is {over} tokens too long for this CLIP, which reads {self.context_length}"
             )
 
-    def encode_image(self, image: Tensor, alpha_bar: float = 1.0) -> Tensor:
+    def encode_image(self, image: Tensor, alpha_bar: Tensor | float = 1.0) -> Tensor:
         """(B, C, H, W) in [-1, 1] -> (B, D), of unit length, differentiable, in float32.
 
-        A noise-aware model takes x_t, and ``alpha_bar`` of its t.
+        A noise-aware model takes x_t, and ``alpha_bar`` of its t, one for all or (B,); another model ignores the level.
         """
-        if self.noise_aware:
-            self.model.visual.conv1.alpha_bar = image.new_full((len(image),), alpha_bar)
-        return self.encode_pixels(preprocess(image.float(), self.preprocess))
+        return self.encode_pixels(preprocess(image.float(), self.preprocess), alpha_bar)
 
-    def encode_pixels(self, pixels: Tensor) -> Tensor:
+    def encode_pixels(self, pixels: Tensor, alpha_bar: Tensor | float = 1.0) -> Tensor:
         """The same of what :func:`preprocess` returns."""
         encode = self.model.encode_image
+        if self.noise_aware:
+            pixels = with_noise_level(pixels, alpha_bar)
         with torch.autocast(pixels.device.type, enabled=False):
             recompute = self.checkpointing and torch.is_grad_enabled()
             features = checkpoint(encode, pixels, use_reentrant=False) if recompute else encode(pixels)
             return F.normalize(features.float(), dim=-1)
 
 
-def _from_openai(file: Path) -> nn.Module:
+def _from_openai(file: Path) -> Any:
     """The model of a TorchScript archive as OpenAI publishes them."""
     from open_clip.model import build_model_from_openai_state_dict
 
@@ -175,8 +180,8 @@ def _from_openai(file: Path) -> nn.Module:
         state = torch.jit.load(file, map_location="cpu").state_dict()
     except RuntimeError as error:
         raise InputError(
-            f"clip: {file} is no TorchScript archive and so does not say its architecture; ARCHITECTURE/FILE, such as "
-            f"ViT-B-32/{file}, would do"
+            f"clip: {file} is no TorchScript archive, so it does not say its architecture; use ARCHITECTURE/FILE, such "
+            f"as ViT-B-32-quickgelu/{file} for OpenAI's weights"
         ) from error
     return build_model_from_openai_state_dict(state, cast_dtype=torch.float32)
 
@@ -199,9 +204,9 @@ def new_model(model_cfg: dict[str, Any]) -> nn.Module:
     return CLIP(**model_cfg)
 
 
-def make_noise_aware(model: nn.Module) -> nn.Module:
-    """Tell the image tower's first convolution the noise level, and return it (a ResNet's or a ViT's)."""
-    model.visual.conv1 = LevelledConv(model.visual.conv1)
+def make_noise_aware(model: Any) -> NoiseConditionedConv:
+    """Give the image tower's first convolution (a ResNet's or a ViT's) the noise level, and return it."""
+    model.visual.conv1 = NoiseConditionedConv(model.visual.conv1)
     return model.visual.conv1
 
 
@@ -212,7 +217,7 @@ def new_tokenizer(context_length: int) -> Any:
     return SimpleTokenizer(context_length=context_length)
 
 
-def save_folder(folder: Path, model: nn.Module, model_cfg: dict[str, Any], preprocess_cfg: dict[str, Any]) -> None:
+def save_folder(folder: Path, model: Any, model_cfg: dict[str, Any], preprocess_cfg: dict[str, Any]) -> None:
     """Write an open_clip folder, weights in half precision, that open_clip loads with ``local-dir:``.
 
     What a noise-aware model has beyond open_clip's goes to a file of its own.
@@ -222,14 +227,14 @@ def save_folder(folder: Path, model: nn.Module, model_cfg: dict[str, Any], prepr
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
     half = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}
     inner, outer = "visual.conv1.conv.", "visual.conv1."
-    noise_aware = isinstance(model.visual.conv1, LevelledConv)
+    noise_aware = isinstance(model.visual.conv1, NoiseConditionedConv)
     level = {k: v for k, v in half.items() if noise_aware and k.startswith(outer) and not k.startswith(inner)}
     plain = {k.replace(inner, outer): v for k, v in half.items() if k not in level}
     files = {WEIGHTS_FILE: plain} | (
         {LEVEL_FILE: {k.removeprefix(outer): v for k, v in level.items()}} if level else {}
     )
     for name, state in files.items():
-        with whole(folder / name) as aside:
+        with atomic_write(folder / name) as aside:
             save_file({k: v.contiguous().cpu() for k, v in state.items()}, aside)
 
 

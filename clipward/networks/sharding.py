@@ -24,7 +24,7 @@ def own_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
     return dict(network.named_parameters())
 
 
-def whole_tensor(value: Tensor) -> Tensor:
+def full_tensor(value: Tensor) -> Tensor:
     """A tensor with all its parts, in every process."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 

@@ -1,0 +1,207 @@
+"""Guided sampling in Python: ``clipward.load("faces64").sample(["an old man with a smile"])``."""
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import torch
+import yaml
+from PIL import Image
+from torch import Tensor
+
+from clipward.diffusion.schedule import Schedule
+from clipward.errors import InputError
+from clipward.files import CHECKPOINTS, CONFIGS, SHIPPED
+from clipward.guidance.methods import METHODS
+from clipward.guidance.models import GuidanceConfig, GuidanceModels
+from clipward.networks.unet import UNet
+from clipward.sampler import Sampler, SamplingConfig, Watch
+from clipward.weights.architecture import Architecture
+from clipward.weights.load import load_weights
+
+MICRO_BATCH = 16  # pictures at once, as on the command line
+
+
+class Model:
+    """A diffusion model and the models that guide it. :func:`load` makes one.
+
+    Attributes:
+        sampler: what draws; its ``config`` may be replaced.
+    """
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler = sampler
+
+    @property
+    def network(self) -> UNet:
+        """The U-Net: maps x_t, (B, C, H, W), and t, (B,), to (B, C, H, W), as ``architecture.parametrisation`` says."""
+        return self.sampler.network
+
+    @property
+    def architecture(self) -> Architecture:
+        """The size of the network and of its pictures, its noise schedule and what it puts out."""
+        return self.sampler.architecture
+
+    @property
+    def schedule(self) -> Schedule:
+        """ᾱ_t for t = 0 … T−1, in float64."""
+        return self.sampler.schedule
+
+    @overload
+    def sample(
+        self,
+        text: str | Sequence[str] = ...,
+        *,
+        guidance_weight: float | None = ...,
+        n_samples: int = ...,
+        seed: int = ...,
+        progress: bool = ...,
+        callback: Watch | None = ...,
+        return_tensors: Literal[False] = ...,
+        **sampling: Any,
+    ) -> list[Image.Image]: ...
+
+    @overload
+    def sample(
+        self,
+        text: str | Sequence[str] = ...,
+        *,
+        guidance_weight: float | None = ...,
+        n_samples: int = ...,
+        seed: int = ...,
+        progress: bool = ...,
+        callback: Watch | None = ...,
+        return_tensors: Literal[True],
+        **sampling: Any,
+    ) -> Tensor: ...
+
+    def sample(
+        self,
+        text: str | Sequence[str] = (),
+        *,
+        guidance_weight: float | None = None,
+        n_samples: int = 4,
+        seed: int = 0,
+        progress: bool = False,
+        callback: Watch | None = None,
+        return_tensors: bool = False,
+        **sampling: Any,
+    ) -> list[Image.Image] | Tensor:
+        """Draw pictures; the same seed, text and weight give the pixels of ``clipward predict``.
+
+        Args:
+            text: one or more sentences; without any, the pictures are unguided.
+            guidance_weight: how strongly the text guides; 0 leaves pictures unguided. By default the method's own.
+            n_samples: pictures for each text, from seed ``seed`` on.
+            seed: the first seed. Pictures of one seed start from the same noise.
+            progress: show a bar over the steps.
+            callback: called after each step with a state of ``x``, ``x0`` (both (B, C, H, W)) and ``step``.
+            return_tensors: return (N, C, H, W) in [-1, 1] in place of pictures.
+            **sampling: settings of :class:`clipward.SamplingConfig` for this call alone, such as ``skip_steps=20``.
+
+        Returns:
+            The pictures of the first text, seed by seed, then those of the next.
+
+        Raises:
+            InputError: for a setting out of its range, or a text that is empty or too long for the CLIP.
+            GuidanceError: where the guidance has no gradient, or one that is not finite.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        if n_samples < 1:
+            raise InputError(f"n_samples: got {n_samples}, expected 1 or more")
+        unknown = sampling.keys() - {field.name for field in fields(SamplingConfig)}
+        if unknown:
+            known = ", ".join(field.name for field in fields(SamplingConfig))
+            raise InputError(f"sampling: got {sorted(unknown)[0]}, expected one of {known}")
+        before = self.sampler.config
+        self.sampler.config = replace(before, **sampling)
+        try:
+            weight = METHODS[self.sampler.config.method].weight if guidance_weight is None else float(guidance_weight)
+            requests = [
+                (sentence, each, weight if sentence else 0.0)
+                for sentence in texts or [""]
+                for each in range(seed, seed + n_samples)
+            ]
+            images = [
+                self._draw(requests[start : start + MICRO_BATCH], progress, callback)
+                for start in range(0, len(requests), MICRO_BATCH)
+            ]
+        finally:
+            self.sampler.config = before
+        image = torch.cat(images)
+        return image if return_tensors else [to_picture(each) for each in image]
+
+    def _draw(self, requests: list[tuple[str, int, float]], progress: bool, callback: Watch | None) -> Tensor:
+        text, seed, weight = (list(values) for values in zip(*requests, strict=True))
+        return self.sampler.sample_in_chunks(text, seed, weight, progress, callback)[0]
+
+
+def load(
+    weights: str | Path,
+    *,
+    clip: str | list[str] | None = None,
+    clip_weights: list[float] | None = None,
+    noisy_clip: str | None = None,
+    classifier: str | None = None,
+    contrasts: str | list[list[str]] | None = None,
+    neutral: str | None = None,
+    device: str | torch.device | None = None,
+    use_ema: bool = True,
+    **sampling: Any,
+) -> Model:
+    """Load a diffusion model, and name what guides it.
+
+    Args:
+        weights: the name of a model that ships (``"faces64"``), or anything that ``--weights`` takes: a file, a folder,
+            a checkpoint that ``fit`` made, or the name of a diffusers model on the hub.
+        clip: one or several CLIPs, such as ``"ViT-B-32/openai"``. A model that ships has its own.
+        clip_weights: of each CLIP in their average; equal by default.
+        noisy_clip: a noise-aware CLIP's folder.
+        classifier: a noise-aware classifier's file.
+        contrasts: groups of phrases that exclude each other, or the name of a set that ships, such as ``"faces"``.
+        neutral: a text that is true of any picture, such as ``"a person"``.
+        device: such as ``"cuda"``; by default a GPU where there is one, else the CPU.
+        use_ema: take the averaged weights of a file that also has those that train.
+        **sampling: settings of :class:`clipward.SamplingConfig`, such as ``method="contrastive"``.
+
+    Raises:
+        InputError: where the weights cannot be read, or a setting is out of its range.
+    """
+    shipped = _settings_of(str(weights).removeprefix(SHIPPED))
+    name = f"{SHIPPED}{weights}" if shipped and not str(weights).startswith(SHIPPED) else str(weights)
+    given = {
+        "clip": clip,
+        "clip_weights": clip_weights,
+        "noisy_clip": noisy_clip,
+        "classifier": classifier,
+        "contrasts": contrasts,
+        "neutral": neutral,
+    }
+    given = {key: value for key, value in given.items() if value is not None}
+    guidance = GuidanceConfig(**{**shipped.get("guidance", {}), **given})
+    config = SamplingConfig(**{**shipped.get("sampling", {}), **sampling})
+    loaded = load_weights(name, use_ema)
+    network = UNet(loaded.architecture.unet)
+    loaded.into(network)
+    network.requires_grad_(False).eval()
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return Model(Sampler(network.to(place), loaded.architecture, GuidanceModels(guidance), config))
+
+
+def _settings_of(name: str) -> dict[str, Any]:
+    """How a model that ships is guided, by the config that has it as its default; nothing for any other name."""
+    if Path(name).exists() or not (CHECKPOINTS / name).is_dir():
+        return {}
+    for path in sorted(CONFIGS.glob("*.yaml")):
+        model = yaml.safe_load(path.read_text(encoding="utf-8")).get("model") or {}
+        settings: dict[str, Any] = model.get("init_args") or {}
+        if settings.get("default_weights") == f"{SHIPPED}{name}":
+            return settings
+    return {}
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """(3, H, W) in [-1, 1] -> an RGB picture."""
+    pixels = ((image.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())

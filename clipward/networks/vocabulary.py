@@ -1,0 +1,65 @@
+"""The words that name attributes, and the sentences that ask for them."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from clipward.errors import InputError
+from clipward.files import CONFIGS
+
+Vocabulary = dict[str, dict[str, list[str]]]  # {attribute: {value: [words that name it in a text]}}
+Prompts = dict[str, dict[str, str]]  # {attribute: {value: a sentence that is true of it}}
+
+
+def find_attributes(vocabulary: Vocabulary, text: str) -> dict[str, str]:
+    """What a text names: ``"an old man"`` gives ``{"gender": "man", "age": "old"}``."""
+    found: dict[str, str] = {}
+    for attribute, values in vocabulary.items():
+        hits = [
+            (len(words), value)
+            for value, names in values.items()
+            for words in names
+            if re.search(rf"\b{re.escape(words)}\b", text.lower())
+        ]
+        if hits:
+            found[attribute] = max(hits)[1]  # the longest: "no glasses" before "glasses"
+    return found
+
+
+def check_attributes(vocabulary: Vocabulary, text: str, role: str) -> None:
+    """Raise :class:`InputError` where a text names nothing of the vocabulary."""
+    if not find_attributes(vocabulary, text):
+        known = ", ".join(vocabulary)
+        raise InputError(f"text: the {role} finds nothing to look for in {text!r}; it knows of {known}")
+
+
+def load_vocabulary(source: str | Path, field: str = "vocabulary") -> tuple[Vocabulary, Prompts]:
+    """Read ``{attribute: {value: {"prompt": a sentence, "words": [words that name it]}}}``.
+
+    Args:
+        source: a YAML or JSON file, or the name of one that ships in ``configs/vocabularies``, such as ``faces``.
+        field: the setting that names it, for errors.
+
+    Raises:
+        InputError: where there is no such file, or it holds something else.
+    """
+    path = Path(source)
+    if not path.is_file():
+        path = CONFIGS / "vocabularies" / f"{source}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
+        raise InputError(f"{field}: got {str(source)!r}, expected a YAML file or one of {known}")
+    try:
+        text = path.read_text(encoding="utf-8")
+        entries: dict[str, Any] = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        prompts = {name: {v: str(e["prompt"]) for v, e in values.items()} for name, values in entries.items()}
+        vocabulary = {name: {v: list(e["words"]) for v, e in values.items()} for name, values in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise InputError(
+            f"{field}: {path} can't be read ({type(error).__name__}); expected "
+            '{"gender": {"man": {"prompt": "a man", "words": ["man", "boy"]}, …}, …}'
+        ) from error
+    return vocabulary, prompts
