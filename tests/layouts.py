@@ -129,6 +129,115 @@ class Pesser:
 
 
 @dataclass(frozen=True)
+class Xyfjason:
+    """``UNet`` of the CLIP-guidance document's own repository, with its constructor's words."""
+
+    dim: int = 32
+    dim_mults: tuple[int, ...] = (1, 1, 2)
+    use_attn: tuple[bool, ...] = (False, True, False)
+    num_res_blocks: int = 2
+    n_heads: int = 1
+    out_channels: int = 3
+
+    def make(self) -> State:
+        """The keys stand in the order of the model's parameters."""
+        m, dim, last = Maker(), self.dim, len(self.dim_mults) - 1
+
+        def block(name: str, c_in: int, c_out: int) -> None:
+            m.layer(f"{name}.blk1.0", c_in)
+            m.layer(f"{name}.blk1.2", c_out, c_in, 3, 3)
+            m.layer(f"{name}.proj.1", c_out, 4 * dim)
+            m.layer(f"{name}.blk2.0", c_out)
+            m.layer(f"{name}.blk2.3", c_out, c_out, 3, 3)
+            if c_in != c_out:
+                m.layer(f"{name}.shortcut", c_out, c_in, 1, 1)
+
+        def attention(name: str, c: int) -> None:
+            m.layer(f"{name}.norm", c)
+            for part in ("q", "k", "v", "proj"):
+                m.layer(f"{name}.{part}", c, c, 1, 1)
+
+        m.layer("time_embed.1", 4 * dim, dim)
+        m.layer("time_embed.3", 4 * dim, 4 * dim)
+        m.layer("first_conv", dim, 3, 3, 3)
+        skips, c = [dim], dim
+        for i, mult in enumerate(self.dim_mults):
+            place = 0
+            for _ in range(self.num_res_blocks):
+                block(f"down_blocks.{i}.{place}", c, mult * dim)
+                c, place = mult * dim, place + 1
+                if self.use_attn[i]:
+                    attention(f"down_blocks.{i}.{place}", c)
+                    place += 1
+                skips.append(c)
+            if i < last:
+                m.layer(f"down_blocks.{i}.{place}", c, c, 3, 3)
+                skips.append(c)
+        block("bottleneck_block.0", c, c)
+        attention("bottleneck_block.1", c)
+        block("bottleneck_block.2", c, c)
+        for i in range(last + 1):
+            place, width = 0, self.dim_mults[last - i] * dim
+            for _ in range(self.num_res_blocks + 1):
+                block(f"up_blocks.{i}.{place}", c + skips.pop(), width)
+                c, place = width, place + 1
+                if self.use_attn[last - i]:
+                    attention(f"up_blocks.{i}.{place}", c)
+                    place += 1
+            if i < last:
+                m.layer(f"up_blocks.{i}.{place}.1", c, c, 3, 3)
+        m.layer("last_conv.0", c)
+        m.layer("last_conv.2", self.out_channels, c, 3, 3)
+        return m.state
+
+    def forward(self, s: State, x: Tensor, t: Tensor) -> Tensor:
+        half, last = self.dim // 2, len(self.dim_mults) - 1
+        angles = t.float()[:, None] * torch.exp(torch.arange(half) * -(math.log(10000) / (half - 1)))[None]
+        emb = F.linear(torch.cat([angles.sin(), angles.cos()], 1), *layer(s, "time_embed.1"))
+        emb = F.silu(F.linear(F.silu(emb), *layer(s, "time_embed.3")))
+
+        def block(name: str, x: Tensor) -> Tensor:
+            h = F.conv2d(F.silu(norm(s, f"{name}.blk1.0", x, 1e-5)), *layer(s, f"{name}.blk1.2"), padding=1)
+            h = h + F.linear(emb, *layer(s, f"{name}.proj.1"))[:, :, None, None]
+            h = F.conv2d(F.silu(norm(s, f"{name}.blk2.0", h, 1e-5)), *layer(s, f"{name}.blk2.3"), padding=1)
+            shortcut = f"{name}.shortcut"
+            return (F.conv2d(x, *layer(s, shortcut)) if f"{shortcut}.weight" in s else x) + h
+
+        def attention(name: str, x: Tensor) -> Tensor:
+            h = norm(s, f"{name}.norm", x, 1e-5)
+            q, k, v = (F.conv2d(h, *layer(s, f"{name}.{part}")).flatten(2).chunk(self.n_heads, dim=1) for part in "qkv")
+            heads = []
+            for n in range(self.n_heads):
+                scale = (x.shape[1] // self.n_heads) ** -0.5
+                weights = torch.softmax(torch.einsum("bci,bcj->bij", q[n], k[n]) * scale, dim=2)
+                heads.append(torch.einsum("bij,bcj->bci", weights, v[n]))
+            return x + F.conv2d(torch.cat(heads, 1).reshape(x.shape), *layer(s, f"{name}.proj"))
+
+        hs = [F.conv2d(x, *layer(s, "first_conv"), padding=1)]
+        for i in range(last + 1):
+            place = 0
+            for _ in range(self.num_res_blocks):
+                h, place = block(f"down_blocks.{i}.{place}", hs[-1]), place + 1
+                if self.use_attn[i]:
+                    h, place = attention(f"down_blocks.{i}.{place}", h), place + 1
+                hs.append(h)
+            if i < last:
+                hs.append(F.conv2d(hs[-1], *layer(s, f"down_blocks.{i}.{place}"), stride=2, padding=1))
+        h = block("bottleneck_block.0", hs[-1])
+        h = block("bottleneck_block.2", attention("bottleneck_block.1", h))
+        for i in range(last + 1):
+            place = 0
+            for _ in range(self.num_res_blocks + 1):
+                h, place = block(f"up_blocks.{i}.{place}", torch.cat([h, hs.pop()], 1)), place + 1
+                if self.use_attn[last - i]:
+                    h, place = attention(f"up_blocks.{i}.{place}", h), place + 1
+            if i < last:
+                h = h.repeat_interleave(2, 2).repeat_interleave(2, 3)
+                h = F.conv2d(h, *layer(s, f"up_blocks.{i}.{place}.1"), padding=1)
+        return F.conv2d(F.silu(norm(s, "last_conv.0", h, 1e-5)), *layer(s, "last_conv.2"), padding=1)
+
+
+@dataclass(frozen=True)
 class OpenAI:
     """``UNetModel`` of openai/guided-diffusion, with its constructor's words."""
 

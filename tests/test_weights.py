@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import randomise
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from layouts import OpenAI, Pesser
+from layouts import OpenAI, Pesser, Xyfjason
 from safetensors.torch import load_file, save_file
 
 from clipward.diffusion.denoiser import NetworkDenoiser
@@ -18,6 +18,7 @@ from clipward.weights.architecture import Architecture, Weights
 from clipward.weights.diffusers import save_diffusers
 from clipward.weights.load import load_weights, save_weights
 
+Layout = Pesser | OpenAI | Xyfjason
 T = torch.tensor([0, 17, 999])
 
 
@@ -61,34 +62,40 @@ def tiny_diffusers(folder: Path, **scheduler) -> UNet2DModel:
         OpenAI(),
         OpenAI(channel_mult=(1, 2), attention_ds=(1,), resblock_updown=False, num_res_blocks=1),
         OpenAI(use_scale_shift_norm=False, learn_sigma=False, attention_ds=(4,), channel_mult=(1, 2, 1)),
+        Xyfjason(),
+        Xyfjason(dim_mults=(1, 2), use_attn=(True, True), num_res_blocks=1),
+        Xyfjason(dim_mults=(1, 1, 1), use_attn=(False, False, False), num_res_blocks=3),
     ],
 )
 @pytest.mark.parametrize("kind", ["pickle", "safetensors"])
-def test_a_bare_state_is_recognised_and_computes_the_same(layout: Pesser | OpenAI, kind: str, tmp_path: Path) -> None:
+def test_a_bare_state_is_recognised_and_computes_the_same(layout: Layout, kind: str, tmp_path: Path) -> None:
     state, file = layout.make(), tmp_path / "weights"  # the name says nothing
     (torch.save if kind == "pickle" else save_file)(state, file)
     weights, x = load_weights(file), torch.randn(3, 3, 16, 16)
     same(output(weights, x), layout.forward(state, x, T))
 
 
-def test_what_a_bare_state_does_not_say_is_as_published(tmp_path: Path) -> None:
-    torch.save(Pesser().make(), tmp_path / "ho.ckpt")
-    torch.save(OpenAI().make(), tmp_path / "openai.pt")
-    ho, openai = load_weights(tmp_path / "ho.ckpt").architecture, load_weights(tmp_path / "openai.pt").architecture
-    assert (ho.image_size, ho.var_type) == (32, "fixed_small")
-    assert (openai.image_size, openai.var_type, openai.unet.head_channels) == (32, "learned_range", 64)
-    for architecture in (ho, openai):
-        assert (architecture.schedule, architecture.num_timesteps, architecture.betas) == ("linear", 1000, (1e-4, 0.02))
-        assert architecture.parametrisation == "eps"
+@pytest.mark.parametrize(
+    ("layout", "var_type", "head_channels"),
+    [(Pesser(), "fixed_small", None), (OpenAI(), "learned_range", 64), (Xyfjason(), "fixed_small", None)],
+)
+def test_what_a_bare_state_does_not_say_is_as_published(
+    layout: Layout, var_type: str, head_channels: int | None, tmp_path: Path
+) -> None:
+    torch.save(layout.make(), tmp_path / "x.pt")
+    ours = load_weights(tmp_path / "x.pt").architecture
+    assert (ours.image_size, ours.var_type, ours.unet.head_channels) == (32, var_type, head_channels)
+    assert (ours.schedule, ours.num_timesteps, ours.betas) == ("linear", 1000, (1e-4, 0.02))
+    assert (ours.parametrisation, ours.clip_denoised) == ("eps", True)
 
 
-def test_the_width_of_a_head_can_be_told(tmp_path: Path) -> None:
-    layout = OpenAI(num_head_channels=32)
-    torch.save(state := layout.make(), tmp_path / "openai.pt")
+@pytest.mark.parametrize("layout", [OpenAI(num_head_channels=32), Xyfjason(dim=64, n_heads=2, dim_mults=(1, 1, 1))])
+def test_the_width_of_a_head_can_be_given(layout: OpenAI | Xyfjason, tmp_path: Path) -> None:
+    torch.save(state := layout.make(), tmp_path / "x.pt")
     x = torch.randn(3, 3, 16, 16)
     theirs = layout.forward(state, x, T)
-    same(output(load_weights(tmp_path / "openai.pt", head_channels=32), x), theirs)
-    assert not torch.allclose(output(load_weights(tmp_path / "openai.pt"), x), theirs, atol=1e-3)
+    same(output(load_weights(tmp_path / "x.pt", head_channels=32), x), theirs)
+    assert not torch.allclose(output(load_weights(tmp_path / "x.pt"), x), theirs, atol=1e-3)
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -108,6 +115,80 @@ def test_a_state_is_found_in_what_training_programs_save(half: bool, tmp_path: P
         for use_ema in (True, False):
             value = load_weights(tmp_path / name, use_ema).state["conv_in.bias"]
             same(value, (average if has_average and use_ema else raw)["conv_in.bias"].float())
+
+
+def xyfjason_files(folder: Path) -> tuple[dict, dict]:
+    """Write the files of the document's training programs; the weights that train, and their averages."""
+    raw = Xyfjason().make()
+    average = {name: value + 1 for name, value in raw.items()}
+    as_state, as_list = ({"decay": 0.9, "num_updates": 7, "shadow": s} for s in (average, list(average.values())))
+    for name, content in {
+        "together/model.pt": {"model": raw, "ema": as_state, "optimizer": {"lr": 1e-4}, "step": 7},
+        "together_list/model.pt": {"model": raw, "ema": as_list, "step": 7},
+        "parallel/model.pt": {"model": {f"module.{key}": value for key, value in raw.items()}, "ema": as_list},
+        "apart/model.pt": {"model": raw},
+        "apart/ema.pt": as_state,
+        "apart_list/model.pt": raw,
+        "apart_list/ema.pt": as_list,
+        "alone/ema.pt": as_list,
+        "other/ema.pt": as_list,
+        "other/model.pt": dict(list(raw.items())[:-1]),
+        "lightning.ckpt": {"state_dict": raw},
+        "bare.pt": raw,
+    }.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        torch.save(content, folder / name)
+    return raw, average
+
+
+@pytest.mark.parametrize(
+    ("file", "use_ema", "averaged"),
+    [
+        ("together/model.pt", True, True),
+        ("together/model.pt", False, False),
+        ("together_list/model.pt", True, True),
+        ("together_list/model.pt", False, False),
+        ("parallel/model.pt", True, True),
+        ("parallel/model.pt", False, False),
+        ("apart/model.pt", True, False),
+        ("apart/ema.pt", True, True),
+        ("apart_list/ema.pt", True, True),
+        ("lightning.ckpt", True, False),
+        ("bare.pt", True, False),
+    ],
+)
+def test_the_documents_own_files_are_read_as_they_came(
+    file: str, use_ema: bool, averaged: bool, tmp_path: Path
+) -> None:
+    raw, average = xyfjason_files(tmp_path)
+    weights = load_weights(tmp_path / file, use_ema)
+    theirs = average if averaged else raw
+    for ours, name in (
+        ("conv_in.bias", "first_conv.bias"),
+        ("up.2.blocks.1.conv2.weight", "up_blocks.2.1.blk2.3.weight"),
+    ):
+        assert torch.equal(weights.state[ours], theirs[name])
+
+
+@pytest.mark.parametrize(
+    ("file", "use_ema", "message"),
+    [
+        (
+            "alone/ema.pt",
+            True,
+            "got averaged weights without names in .*ema.pt; put the model.pt of the same run beside",
+        ),
+        ("other/ema.pt", True, "got averaged weights without names in .*ema.pt, expected the shapes of model"),
+        ("apart/ema.pt", False, "got .*ema.pt with averaged weights alone; use --use_ema true"),
+        ("alone/ema.pt", False, "got .*ema.pt with averaged weights alone; use --use_ema true"),
+    ],
+)
+def test_averaged_weights_that_cannot_be_read_are_refused(
+    file: str, use_ema: bool, message: str, tmp_path: Path
+) -> None:
+    xyfjason_files(tmp_path)
+    with pytest.raises(InputError, match=f"^weights: {message}"):
+        load_weights(tmp_path / file, use_ema)
 
 
 @pytest.mark.parametrize("place", ["pipeline", "root", "file", "bin", "old attention"])
@@ -212,18 +293,23 @@ def test_our_safetensors_keep_every_bit(tmp_path: Path) -> None:
 
 def test_a_state_with_a_wrong_key_is_refused_by_its_own_name(tmp_path: Path) -> None:
     file = tmp_path / "x.pt"
-    for layout, name in ((Pesser(), "up.0.block.1.conv2.weight"), (OpenAI(), "output_blocks.1.0.out_layers.3.weight")):
+    for layout, name in (
+        (Pesser(), "up.0.block.1.conv2.weight"),
+        (OpenAI(), "output_blocks.1.0.out_layers.3.weight"),
+        (OpenAI(), "middle_block.1.qkv.weight"),
+        (Xyfjason(), "up_blocks.1.2.blk2.3.weight"),
+    ):
         state = layout.make()
         shape = tuple(state[name].shape)
-        torch.save(state | {name: state[name][..., :1]}, file)
-        given = (*shape[:3], 1)
+        torch.save(state | {name: state[name][:1]}, file)
+        given = (1, *shape[1:])
         with pytest.raises(InputError) as raised:
             load_weights(file)
         assert str(raised.value) == f"weights: got the key {name} of shape {given}, expected {shape}"
         torch.save({key: value for key, value in state.items() if key != name}, file)
         with pytest.raises(InputError) as raised:
             load_weights(file)
-        assert str(raised.value) == f"weights: got no key {name}, expected one of shape {shape}"
+        assert str(raised.value) == f"weights: got no key {name}, expected one of shape {shape}".replace(", 1)", ")")
         torch.save(state | {"label_emb.weight": torch.zeros(10, 4)}, file)
         with pytest.raises(InputError, match=r"the key label_emb.weight of shape \(10, 4\), expected no such key"):
             load_weights(file)
@@ -311,10 +397,11 @@ def test_a_diffusers_folder_without_its_parts_is_refused(tmp_path: Path) -> None
     [
         (Pesser(128, (1, 1, 2, 2, 4, 4), 2, (16,), 256), 113.67e6),
         (OpenAI(256, (1, 1, 2, 2, 4, 4), 2, (8, 16, 32)), 552.81e6),
+        (Xyfjason(128, (1, 1, 2, 2, 4, 4), (False, False, False, False, True, False)), 113.67e6),
     ],
-    ids=["Ho et al.'s CelebA-HQ 256", "Dhariwal & Nichol's learned_range 256"],
+    ids=["Ho et al.'s CelebA-HQ 256", "Dhariwal & Nichol's learned_range 256", "the document's CelebA-HQ 256"],
 )
-def test_the_published_networks_at_their_full_size(layout: Pesser | OpenAI, parameters: float, tmp_path: Path) -> None:
+def test_the_published_networks_at_their_full_size(layout: Layout, parameters: float, tmp_path: Path) -> None:
     torch.save(state := layout.make(), tmp_path / "x.pt")
     weights = load_weights(tmp_path / "x.pt")
     assert weights.architecture.image_size == 256

@@ -50,18 +50,18 @@ def remap_state(state: State, config: UNetConfig, naming: Naming, sines_first: b
         wanted = UNet(config).state_dict()
     ours = {}
     for name, parameter in wanted.items():
-        theirs, shape = rename_key(name, naming), parameter.shape
-        if theirs not in state:
-            raise InputError(f"weights: got no key {theirs}, expected one of shape {tuple(shape)}")
-        value = state[theirs]
-        if parameter.ndim == 2 and value.ndim > 2 and value.shape[2:].numel() == 1:
-            value = value.flatten(1)
+        theirs, shape = rename_key(name, naming), tuple(parameter.shape)
         joint = ".qkv." in theirs
         if joint:
-            shape = torch.Size([3 * shape[0], *shape[1:]])
-        if value.shape != shape:
-            given = tuple(state[theirs].shape)
-            raise InputError(f"weights: got the key {theirs} of shape {given}, expected {tuple(shape)}")
+            shape = (3 * shape[0], *shape[1:])
+        if theirs not in state:
+            raise InputError(f"weights: got no key {theirs}, expected one of shape {shape}")
+        value = state[theirs]
+        pointwise = value.shape[2:] if parameter.ndim == 2 and value.shape[2:].numel() == 1 else ()
+        if value.shape != (*shape, *pointwise):
+            given, expected = tuple(value.shape), (*shape, *pointwise)
+            raise InputError(f"weights: got the key {theirs} of shape {given}, expected {expected}")
+        value = value.reshape(shape)
         if joint:
             value = _part_of_qkv(value, name.split(".")[-2], config.head_channels)
         if name == "time_in.weight" and not sines_first:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from clipward.errors import InputError
 from clipward.files import atomic_write, locate, read_safetensors, to_storable
-from clipward.weights import diffusers, openai, pesser
+from clipward.weights import diffusers, openai, pesser, xyfjason
 from clipward.weights.architecture import Architecture, Weights
 from clipward.weights.keys import State
 from clipward.weights.pickles import find_state, unpickle
@@ -41,7 +41,7 @@ class Project(Protocol):
         """
 
 
-PROJECTS: tuple[Project, ...] = (diffusers, pesser, openai)
+PROJECTS: tuple[Project, ...] = (diffusers, pesser, openai, xyfjason)
 
 
 def save_weights(path: Path, weights: Weights, half: bool = False) -> None:

@@ -48,6 +48,8 @@ def find_state(path: Path, content: Any, use_ema: bool) -> dict[str, Tensor]:
     state = trained
     if averaged is not None and use_ema:
         state = _with_names(averaged, trained, path) if isinstance(averaged, list) else averaged
+    elif use_ema and isinstance(content, dict) and isinstance(content.get("ema"), dict | list):
+        raise InputError(f"weights: got an ema in {path} that is no dictionary of tensors; use --use_ema false")
     if state is None and averaged is not None:
         raise InputError(f"weights: got {path} with averaged weights alone; use --use_ema true")
     if state is None:
