@@ -1,16 +1,19 @@
-"""Every method on the same texts and seeds: one table, one figure.
+"""Compare the methods on the same texts and seeds: one table, one figure.
 
     python benchmarks/methods.py
 
-judges what each method draws of the drawn faces (``benchmarks/faces_texts.txt``, 32 pictures a text, 50 steps), as many
-unguided pictures, as many unseen faces that the texts are true of, which no method can be told from, and what waiting
-gives: the unguided pictures that happen to obey among four times their number. It writes ``out/methods/table.md``,
-``figure.png`` and ``report.json``, and goes on where it was stopped.
+judges what each method draws of the drawn faces (``benchmarks/faces_texts.txt``, 32 pictures a text, 50 steps). Three
+rows beside the methods set the scale: as many unguided pictures; as many unseen faces that the texts are true of, which
+is the best that a method can do; and rejection sampling, which keeps the correct ones of four times as many unguided
+pictures. The script writes ``out/methods/table.md``, ``figure.png`` and ``report.json``. A run that was stopped
+continues where it was.
 """
 
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -20,28 +23,32 @@ from jsonargparse import auto_cli
 
 from clipward.cli import main
 from clipward.datamodules.faces import Faces, FacesDataModule, attributes
-from clipward.evaluation.judges import Judges, Row
+from clipward.evaluation.cost import Cost
+from clipward.evaluation.judgements import Judgement, load_judgements, save_judgements
+from clipward.evaluation.judges import Judges
 from clipward.evaluation.reference import Reference
-from clipward.evaluation.report import curve, load_rows, markdown, save_rows, summarise
-from clipward.files import whole
+from clipward.evaluation.report import format_methods, plot_scores
+from clipward.evaluation.scores import Scores, summarise
+from clipward.files import atomic_write
 from clipward.guidance.methods import METHODS as PACKAGE
-from clipward.guidance.models import Critics
-from clipward.networks.classifier import named
+from clipward.guidance.models import GuidanceConfig, GuidanceModels
+from clipward.networks.vocabulary import find_attributes
 
 ROOT = Path(__file__).parent.parent
-SHIPPED = ROOT / "checkpoints/faces64"
-JUDGES = [str(SHIPPED / "judge.safetensors"), str(SHIPPED / "judge_clip")]
-POOL = 4  # unguided pictures that are drawn for each that the table has, to find some that obey
+JUDGES = ["clipward:faces64/judge.safetensors", "clipward:faces64/judge_clip"]
+CLIP = "clipward:faces64/clip"
+POOL = 4  # unguided pictures that rejection sampling draws for each that the table has
 UNSEEN = 5000  # the seed of faces that no network has been trained on or compared with
 TEXTS = ROOT / "benchmarks/faces_texts.txt"
-# The first weights are the authors' or were chosen on other texts and seeds; the last, where there are several, are
-# the strong ones: four to eight times as large. Of evidence, 20 is the default.
+# The name of each method in the table, its name in the package, and its weights. The first weights are the authors' or
+# were chosen on other texts and seeds; the last, where there are several, are four to eight times as large. 20 is the
+# default of `contrastive`.
 METHODS: dict[str, tuple[str, list[float]]] = {
     "formula as written": ("clip_guidance", [50, 400]),
     "formula as coded": ("clip_guidance_pixel", [50, 400]),
     "MPGD": ("mpgd", [50, 400]),
     "GLIDE": ("glide", [3, 10, 20, 80]),
-    "evidence": ("evidence", [20, 40, 160, 1280]),
+    "contrastive": ("contrastive", [20, 40, 160, 1280]),
     "FreeDoM": ("freedom", [1]),
     "TFG": ("tfg", [1]),
 }
@@ -56,141 +63,139 @@ def compare(
     val_count: int = 24000,
     micro_batch: int = 32,
 ) -> None:
-    """Judge the methods, and draw the table and the figure of all that have been judged.
+    """Judge the methods, and make the table and the figure of all that have been judged.
 
     Args:
-        save_dir: where everything goes.
-        only: methods to judge now, ``unguided``, ``faces`` or ``chosen``; all of the table by default, none with [].
-            Other methods of the package may be named, and are judged at their own weights.
-        texts: a text a line.
+        save_dir: the folder to write to.
+        only: what to judge now: methods, ``unguided``, ``faces`` or ``rejection``. By default all of the table; with []
+            nothing. Other methods of the package may be named, and are judged at their default weights.
+        texts: a file with a text a line.
         n_samples: pictures for each text, each from a seed of its own.
-        seed: the first.
+        seed: the first seed.
         val_count: unseen faces to compare with.
         micro_batch: pictures sampled at once.
     """
     sentences = texts.read_text().splitlines()
-    save_dir.mkdir(parents=True, exist_ok=True)
-    requests = save_dir / "requests.jsonl"
-    lines = "".join(json.dumps(row) + "\n" for row in own_seeds(sentences, n_samples, seed))
-    if requests.exists() and requests.read_text() != lines:
-        sys.exit(f"save_dir: {save_dir} has pictures of other texts or seeds; another folder would do")
-    requests.write_text(lines)
     number = n_samples * len(sentences)
-    plain = save_dir / "unguided/pictures.parquet"
-    pool = save_dir / "chosen/pictures.parquet"
-    unseen = save_dir / "faces/pictures.parquet"
+    requests = save_dir / "requests.jsonl"
+    save_requests(requests, sentences, n_samples, seed)
+    unguided, faces, pool = (save_dir / name / "pictures.parquet" for name in ("unguided", "faces", "rejection"))
+    beside = {"unguided", "faces", "rejection"} | {method for method, _ in METHODS.values()}
+    methods = METHODS | {name: (name, [PACKAGE[name].weight]) for name in sorted(set(only or []) - beside)}
 
-    def wanted(name: str, pictures: Path) -> bool:
+    def is_due(name: str, pictures: Path) -> bool:
         return not pictures.exists() and (only is None or name in only)
 
-    def judge(method: str, weights: list[float], pictures: Path, *which: str) -> None:
+    def judge(method: str, weights: list[float], pictures: Path, *flags: str) -> None:
         print(f"{pictures.parent.name} at {weights}", flush=True)
-        flags = ["--method", method, "--guidance_weight", *map(str, weights), "--save_dir", str(pictures.parent)]
-        flags += ["--judge", *JUDGES, "--data", "null", "--micro_batch", str(micro_batch), *which]
-        main(["test", "-c", str(ROOT / "configs/faces.yaml"), *flags])
+        command = ["test", "-c", str(ROOT / "configs/faces.yaml"), "--judge", *JUDGES, "--data", "null"]
+        command += ["--method", method, "--guidance_weight", *map(str, weights), "--save_dir", str(pictures.parent)]
+        main([*command, "--micro_batch", str(micro_batch), *flags])
 
-    if wanted("faces", unseen):
-        unseen.parent.mkdir(exist_ok=True)
-        save_rows(unseen, faces(sentences, n_samples))
-    if wanted("unguided", plain):
-        judge("evidence", [0], plain, "--prompts", str(requests))
-    if wanted("chosen", pool):
+    if is_due("faces", faces):
+        save_judgements(faces, judge_faces(sentences, n_samples))
+    if is_due("unguided", unguided):
+        judge("contrastive", [0], unguided, "--prompts", str(requests))
+    if is_due("rejection", pool):
         others = ["--seed", str(seed + number), "--n_samples", str((POOL - 1) * number)]
-        judge("evidence", [0], pool, "--prompts", str(texts), *others)
-    extra = set(only or []) - {"unguided", "faces", "chosen"} - {method for method, _ in METHODS.values()}
-    guided = METHODS | {name: (name, [PACKAGE[name].weight]) for name in sorted(extra)}
-    for method, weights in guided.values():
+        judge("contrastive", [0], pool, "--prompts", str(texts), *others)
+    for method, weights in methods.values():
         pictures = save_dir / method / "pictures.parquet"
-        if wanted(method, pictures):
+        if is_due(method, pictures):
             judge(method, weights, pictures, "--prompts", str(requests))
 
-    twins = load_rows(plain) if plain.exists() else []
-    found: dict[str, list[Row]] = {}
-    if unseen.exists():
-        found["unseen faces"] = load_rows(unseen)
+    twins = load_judgements(unguided) if unguided.exists() else []
+    without_weight: dict[str, list[Judgement]] = {}
+    if faces.exists():
+        without_weight["unseen faces"] = load_judgements(faces)
     if pool.exists() and twins:
-        found["unguided that obey"] = chosen(twins + load_rows(pool), sentences, n_samples)
-    if twins:
-        found["unguided"] = twins
-    for name, (method, _) in guided.items():
+        without_weight["rejection sampling"] = select_correct(twins + load_judgements(pool), sentences, n_samples)
+    with_weight = {"unguided": twins} if twins else {}
+    for name, (method, _) in methods.items():
         pictures = save_dir / method / "pictures.parquet"
         if pictures.exists():
-            found[name] = load_rows(pictures)
-    if not found:
+            with_weight[name] = load_judgements(pictures)
+    if not without_weight | with_weight:
         return
+
     data = FacesDataModule(val_count=val_count)
     data.setup("validate")
-    reference = Reference(data.val_dataloader(), Judges(JUDGES, sentences), torch.device("cpu"))
-    reports: dict[str, list[dict[str, Any]]] = {}
-    for name, rows in found.items():
-        if name in guided or rows is twins:
-            reports[name] = summarise(rows, reference, twins)
-        else:  # no weight had a part in them
-            reports[name] = [entry | {"guidance_weight": None} for entry in summarise(rows, reference)]
-    for name, text in (("report.json", json.dumps(reports, indent=2) + "\n"), ("table.md", table(reports))):
-        with whole(save_dir / name) as aside:
-            aside.write_text(text)
-    curve(reports).savefig(save_dir / "figure.png", dpi=150)
-    print(table(reports))
+    reference = Reference.from_batches(data.val_dataloader(), Judges(JUDGES, sentences), torch.device("cpu"))
+    tables = {
+        name: [replace(scores, guidance_weight=None) for scores in summarise(judgements, reference)]
+        for name, judgements in without_weight.items()
+    }
+    tables |= {name: summarise(judgements, reference, twins) for name, judgements in with_weight.items()}
+    save_tables(save_dir, tables)
+    print(format_methods(tables))
 
 
-def own_seeds(texts: list[str], n_samples: int, seed: int) -> list[dict[str, Any]]:
-    """A request for each picture.
+def save_requests(path: Path, texts: list[str], n_samples: int, seed: int) -> None:
+    """Write the requests that all methods draw, and stop where the folder has pictures of others."""
+    content = "".join(json.dumps(request) + "\n" for request in make_requests(texts, n_samples, seed))
+    if path.exists() and path.read_text() != content:
+        sys.exit(f"save_dir: {path.parent} has pictures of other texts or seeds; use another folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
 
-    Pictures of one seed are alike whatever their texts, for they start from the same noise; a set of them is compared
-    with faces, and with unguided pictures of which no two share a seed either.
+
+def make_requests(texts: list[str], n_samples: int, seed: int) -> list[dict[str, Any]]:
+    """A request for each picture, ``n_samples`` for each text, each with a seed of its own.
+
+    Pictures of one seed look alike whatever their texts, because they start from the same noise. A set in which no two
+    share a seed can be compared with real faces.
     """
     return [{"text": text, "seed": seed + i} for i, text in enumerate(t for t in texts for _ in range(n_samples))]
 
 
-def faces(texts: list[str], n_samples: int) -> list[Row]:
-    """What is said of faces that no model made, ``n_samples`` for each text that they are true of."""
-    judges, critics = Judges(JUDGES, texts), Critics([str(SHIPPED / "clip")])
-    unseen, images, requests = Faces(UNSEEN, 10**5), [], []
+def judge_faces(texts: list[str], n_samples: int) -> list[Judgement]:
+    """Judge faces that no model made, ``n_samples`` for each text that they are true of."""
+    judges, models = Judges(JUDGES, texts), GuidanceModels(GuidanceConfig(clip=CLIP))
+    faces, indices = Faces(UNSEEN, 10**5), []
     for text in texts:
-        wanted = named(judges.vocabulary, text).items()  # the judge has the faces' own names
-        true = (index for index in count() if wanted <= attributes(UNSEEN, index).items())
-        for index in islice(true, n_samples):
-            number = len(requests)
-            images.append(unseen[index]["image"])
-            requests.append({"index": number, "text": text, "seed": number, "guidance_weight": 1, "valid": True})
-    batch = {name: [request[name] for request in requests] for name in requests[0]}
-    free = dict.fromkeys(("network_forwards", "network_backwards", "critic_passes", "seconds", "peak_bytes"), 0)
-    return judges.rows(batch, torch.stack(images), free, critics)
+        wanted = find_attributes(judges.vocabulary, text).items()  # the first judge has the faces' own names
+        matches = (index for index in count() if wanted <= attributes(UNSEEN, index).items())
+        indices += list(islice(matches, n_samples))
+    numbers = list(range(len(indices)))
+    requests = {
+        "index": numbers,
+        "text": [text for text in texts for _ in range(n_samples)],
+        "seed": numbers,
+        "guidance_weight": [1.0] * len(numbers),
+        "valid": [True] * len(numbers),
+    }
+    images = torch.stack([faces[index]["image"] for index in indices])
+    return judges.judge_pictures(requests, images, Cost(), models)
 
 
-def chosen(rows: list[Row], texts: list[str], n_samples: int) -> list[Row]:
-    """What was said of the unguided pictures that happen to obey: ``n_samples`` for each text, or all there are.
+def select_correct(unguided: Sequence[Judgement], texts: list[str], n_samples: int) -> list[Judgement]:
+    """Rejection sampling: the unguided pictures that the first judge finds correct.
 
-    Each costs what was drawn for it, those that do not obey too.
+    Each text gets ``n_samples``, or as many as there are; no two share a seed. The cost of each includes the pictures
+    that were rejected.
     """
-    asked, used, found = defaultdict(list), set(), []
-    for row in rows:
-        asked[row["text"]].append(row)
-    obey = {text: [row for row in asked[text] if all(next(iter(row["seen"].values())).values())] for text in texts}
-    for text in sorted(texts, key=lambda text: len(obey[text])):  # a picture is of the rarest text that it obeys
-        share = len(asked[text]) / max(1, len(obey[text]))
-        picked = [row for row in obey[text] if row["seed"] not in used][:n_samples]
-        used |= {row["seed"] for row in picked}
-        found += [
-            row
-            | {
-                "index": row["seed"],
-                "guidance_weight": 1,
-                "cost": {k: v * (1 if k == "peak_bytes" else share) for k, v in row["cost"].items()},
-            }
-            for row in picked
+    by_text, used, selected = defaultdict(list), set(), []
+    for judgement in unguided:
+        by_text[judgement.text].append(judgement)
+    correct = {text: [each for each in by_text[text] if each.is_correct()] for text in texts}
+    for text in sorted(texts, key=lambda text: len(correct[text])):  # rare texts choose first
+        draws = len(by_text[text]) / max(1, len(correct[text]))
+        chosen = [each for each in correct[text] if each.seed not in used][:n_samples]
+        used |= {each.seed for each in chosen}
+        selected += [
+            replace(each, index=each.seed, guidance_weight=1.0, cost=each.cost.multiply(draws)) for each in chosen
         ]
-    return found
+    return selected
 
 
-def table(reports: dict[str, list[dict[str, Any]]]) -> str:
-    """The rows of all reports under one heading, each after its method's name."""
-    head, line, *_ = markdown([]).splitlines()
-    rows = [f"| method {head}", f"|---{line}"]
-    for name, entries in reports.items():
-        rows += [f"| {name} {markdown([entry]).splitlines()[-1]}" for entry in entries]
-    return "\n".join(rows) + "\n"
+def save_tables(save_dir: Path, tables: dict[str, list[Scores]]) -> None:
+    """Write the scores of each method as JSON, as a Markdown table and as a figure."""
+    scores = {name: [asdict(each) for each in table] for name, table in tables.items()}
+    contents = {"report.json": json.dumps(scores, indent=2), "table.md": format_methods(tables)}
+    for name, content in contents.items():
+        with atomic_write(save_dir / name) as aside:
+            aside.write_text(content + "\n", encoding="utf-8")
+    plot_scores(tables).savefig(save_dir / "figure.png", dpi=150)
 
 
 if __name__ == "__main__":

@@ -1,90 +1,102 @@
-"""Scores what ``test`` draws."""
+"""The callback of ``test``: it judges the pictures and writes the report."""
 
-import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import lightning as L
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from clipward.errors import InputError
-from clipward.evaluation.cost import Cost
-from clipward.evaluation.judges import Judges, Row
+from clipward.evaluation.cost import CostMeter
+from clipward.evaluation.judgements import Judgement, save_judgements
+from clipward.evaluation.judges import Judges
 from clipward.evaluation.reference import Reference
-from clipward.evaluation.report import curve, markdown, markdown_of_texts, save_rows, summarise
-from clipward.files import whole
+from clipward.evaluation.report import Report, format_table, format_texts, plot_scores, save_report
+from clipward.evaluation.scores import summarise
+from clipward.sampler import HasSampler
+
+
+class HasValidationPictures(Protocol):
+    """A data module whose validation batches have an ``image``, and ``labels`` where there are any."""
+
+    def setup(self, stage: str) -> None: ...
+
+    def val_dataloader(self) -> Iterable[Mapping[str, Any]]: ...
 
 
 class Evaluation(L.Callback):
-    """Judges pictures, prints a table, and writes ``report.json`` and the curve over the weights, for TensorBoard too.
+    """Judges pictures, prints tables, and writes them to ``save_dir``.
 
-    ``pictures.parquet`` has what was said of each picture, and its features, from which all of it can be told anew.
+    ``report.json`` has the scores. ``pictures.parquet`` has what the judges say of each picture and its features, from
+    which all scores can be computed again. ``curve.png`` and TensorBoard's events have prompt accuracy against FID.
 
     Args:
-        judges: who looks at the pictures.
-        save_dir: where ``report.json`` goes.
-        overwrite: replace one that is there.
-        data: what pictures are compared with, by its validation set; without one, fidelity is left out. Where its
-            pictures have labels, in the order of the classifier's attributes, guided ones are compared with those that
-            their texts are true of, in equal shares; unguided ones with all.
+        judges: which networks look at the pictures.
+        save_dir: the folder to write to.
+        overwrite: replace a report that is there.
+        data: its validation pictures are what made ones are compared with; without it there is no FID and KID. Where
+            they have labels, in the order of the first judge's attributes, guided pictures are compared with those
+            that their texts are true of. Unguided pictures are compared with all.
+
+    Raises:
+        InputError: where there is a report already.
     """
 
     def __init__(
-        self, judges: Judges, save_dir: str, overwrite: bool = False, data: L.LightningDataModule | None = None
+        self, judges: Judges, save_dir: str, overwrite: bool = False, data: HasValidationPictures | None = None
     ) -> None:
-        self.judges, self.report, self.data = judges, Path(save_dir) / "report.json", data
-        if self.report.exists() and not overwrite:
-            raise InputError(f"save_dir: {self.report} exists; another folder, or --overwrite true, would do")
-        self.rows: list[Row] = []
+        self.judges, self.path, self.data = judges, Path(save_dir) / "report.json", data
+        if self.path.exists() and not overwrite:
+            raise InputError(f"save_dir: {self.path} exists; use another folder or --overwrite true")
+        self.judgements: list[Judgement] = []
 
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.cost = Cost(pl_module)
+    def on_test_start(self, trainer: L.Trainer, pl_module: HasSampler) -> None:
+        self.meter = CostMeter(pl_module.sampler.network, pl_module.sampler.models.loaded())
 
     def on_test_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: L.Trainer, pl_module: HasSampler, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self.cost.start()
+        self.meter.start()
 
     def on_test_batch_end(
         self,
         trainer: L.Trainer,
-        pl_module: L.LightningModule,
+        pl_module: HasSampler,
         outputs: dict[str, Any],
         batch: dict[str, list],
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        cost = self.cost.stop(len(batch["text"]))
-        self.rows += self.judges.rows(batch, outputs["image"], cost, pl_module.critics)
+        cost = self.meter.stop(len(batch["text"]))
+        self.judgements += self.judges.judge_pictures(batch, outputs["image"], cost, pl_module.sampler.models)
         self.provenance = outputs["provenance"]
 
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.cost.remove()
-        rows = self.rows
-        if torch.distributed.is_initialized():
-            parts: list[list[Row]] = [[] for _ in range(trainer.world_size)]
-            torch.distributed.all_gather_object(parts, rows)
-            rows = sorted((row for part in parts for row in part), key=lambda row: row["index"])
+    def on_test_end(self, trainer: L.Trainer, pl_module: HasSampler) -> None:
+        self.meter.remove()
+        judgements = self._gather(trainer.world_size)
         if not trainer.is_global_zero:
             return
         reference = None
         if self.data is not None:
             self.data.setup("validate")
-            reference = Reference(self.data.val_dataloader(), self.judges, pl_module.device)
-        table = summarise(rows, reference)
-        texts = [
-            {"text": text, **entry}
-            for text in self.judges.texts
-            for entry in summarise([row for row in rows if row["text"] == text])
-        ]
-        report = {"provenance": self.provenance, "table": table, "texts": texts}
-        save_rows(self.report.with_name("pictures.parquet"), rows)
-        with whole(self.report) as aside:
-            aside.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-        if "fid" in table[-1]:
-            drawn = curve({self.provenance["method"]: table})
-            drawn.savefig(self.report.with_name("curve.png"), dpi=150)
-            with SummaryWriter(str(self.report.parent)) as writer:
-                writer.add_figure("obedience against fidelity", drawn)
-        print(f"{markdown(table)}\n\n{markdown_of_texts(texts)}\n\nwritten to {self.report}")
+            reference = Reference.from_batches(self.data.val_dataloader(), self.judges, pl_module.sampler.device)
+        table = summarise(judgements, reference)
+        texts = {text: summarise([each for each in judgements if each.text == text]) for text in self.judges.texts}
+        save_judgements(self.path.with_name("pictures.parquet"), judgements)
+        save_report(self.path, Report(self.provenance, table, texts))
+        if table[-1].fid is not None:
+            plot = plot_scores({self.provenance["method"]: table})
+            plot.savefig(self.path.with_name("curve.png"), dpi=150)
+            with SummaryWriter(str(self.path.parent)) as writer:
+                writer.add_figure("prompt accuracy against FID", plot)
+        print(f"{format_table(table)}\n\n{format_texts(texts)}\n\nwritten to {self.path}")
+
+    def _gather(self, world_size: int) -> list[Judgement]:
+        """The judgements of all processes, by the index of their picture."""
+        if not torch.distributed.is_initialized():
+            return self.judgements
+        parts: list[list[Judgement]] = [[] for _ in range(world_size)]
+        torch.distributed.all_gather_object(parts, self.judgements)
+        return sorted((each for part in parts for each in part), key=lambda each: each.index)

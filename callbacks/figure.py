@@ -1,4 +1,4 @@
-"""Pictures laid out as a figure: rows of one seed, a heading for each text, and one for each weight."""
+"""A figure of pictures: a row for each seed, a column for each text and guidance weight."""
 
 import math
 from dataclasses import dataclass
@@ -10,24 +10,29 @@ GAP, INK = 2, (20, 20, 24)
 
 @dataclass(frozen=True)
 class Cell:
-    """Where a picture belongs: unguided pictures have no text and the weight 0."""
+    """The place of a picture in a figure. Unguided pictures have no text and the weight 0."""
 
     seed: int
     text: str
     guidance_weight: float
 
 
-def figure(pictures: dict[Cell, Image.Image], cell_size: int | None = None) -> Image.Image:
-    """Seeds down; across, the unguided pictures, then each text with its weights, in the order they come in.
+def draw_figure(pictures: dict[Cell, Image.Image], cell_size: int | None = None) -> Image.Image:
+    """Draw a figure with a heading for each text and each weight.
 
-    A single column is folded into a square.
+    Rows and columns are in the order of ``pictures``; the columns of a text stand side by side. A single column is
+    folded into a square.
 
     Args:
-        pictures: what goes where; a place that nothing is known of stays white.
-        cell_size: pixels of a picture's side; by default a multiple of the picture's own, and 160 at least.
+        pictures: the picture of each cell; a cell without one stays white.
+        cell_size: width and height of a cell in pixels; by default the smallest multiple of the pictures' own that is
+            160 or more.
+
+    Raises:
+        ValueError: where there is no picture.
     """
     if not pictures:
-        raise ValueError("a figure needs a picture")
+        raise ValueError("pictures: got none, expected one or more")
     size = max(picture.width for picture in pictures.values())
     cell_size = cell_size or size * max(1, -(-160 // size))
     seeds = list(dict.fromkeys(cell.seed for cell in pictures))
@@ -59,12 +64,10 @@ def figure(pictures: dict[Cell, Image.Image], cell_size: int | None = None) -> I
         draw.text((middle, top - cell_size * 0.12), heading, INK, small, anchor="mm")
 
     draw.rectangle((0, top, canvas.width, canvas.height), INK)
-    places = [Cell(seed, text, weight) for seed in seeds for text, weight in columns]
-    places += [None] * (across * down - len(places))
-    for i, cell in enumerate(places):
-        row, column = divmod(i, across)
-        left, upper = GAP + pitch * column, top + GAP + pitch * row
-        picture = pictures.get(cell)
+    cells = [Cell(seed, text, weight) for seed in seeds for text, weight in columns]
+    for i in range(across * down):
+        left, upper = GAP + pitch * (i % across), top + GAP + pitch * (i // across)
+        picture = pictures.get(cells[i]) if i < len(cells) else None
         if picture is None:
             draw.rectangle((left, upper, left + cell_size - 1, upper + cell_size - 1), "white")
         else:
@@ -72,11 +75,12 @@ def figure(pictures: dict[Cell, Image.Image], cell_size: int | None = None) -> I
     return canvas
 
 
-def _font(size: float) -> ImageFont.FreeTypeFont:
+def _font(size: float) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(max(9, round(size)))
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: float) -> list[str]:
+def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> list[str]:
+    """Break a text into rows of at most ``width`` pixels, where its words are not longer."""
     rows: list[str] = []
     for word in text.split():
         longer = f"{rows[-1]} {word}" if rows else word

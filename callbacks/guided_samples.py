@@ -1,4 +1,4 @@
-"""Guided samples while the model learns."""
+"""The callback of ``fit`` that draws guided samples while the model learns."""
 
 from pathlib import Path
 from typing import Any
@@ -6,38 +6,40 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from clipward.callbacks.figure import Cell, figure
+from clipward.callbacks.evaluation import HasValidationPictures
+from clipward.callbacks.figure import Cell, draw_figure
 from clipward.callbacks.gallery import save_png
 from clipward.callbacks.prediction_writer import GRID_ROWS, to_picture
-from clipward.evaluation.cost import Cost
-from clipward.evaluation.judges import Judges, Row
+from clipward.evaluation.cost import Cost, CostMeter
+from clipward.evaluation.judges import Judges
 from clipward.evaluation.reference import Reference
-from clipward.evaluation.report import summarise
+from clipward.evaluation.scores import Scores, summarise
 from clipward.guidance.methods import METHODS
-
-LOGGED = ("obey", "single", "clip_similarity", "held_out_similarity", "fid", "kid", "drift")
+from clipward.sampler import HasSampler
 
 
 class GuidedSamples(L.Callback):
-    """Draws the same requests every so often, with the averaged weights, to TensorBoard and as PNGs beside the logs.
+    """Draws the same requests every so often with the averaged weights.
 
-    Training goes on as if nothing had been drawn.
+    The samples go to TensorBoard, and to ``samples`` in the log folder as PNGs. The callback restores the states of all
+    random generators, so that training does not change.
 
     Args:
         text: sentences; without any, the samples are unguided.
         guidance_weight: of each text; the method's own by default.
-        n_samples: seeds.
-        seed: the first.
-        every_n_steps: optimiser steps between two drawings; none by steps with 0.
-        every_n_epochs: epochs between two drawings; none by epochs with 0.
+        n_samples: seeds for each text. Each seed has an unguided sample too.
+        seed: the first seed.
+        every_n_steps: optimiser steps between two drawings; 0 turns this off.
+        every_n_epochs: epochs between two drawings; 0 turns this off.
         micro_batch: pictures drawn at once on each device.
-        judge: who looks at the samples, as in ``test``: what it says of those of weight ``w`` is logged as
-            ``samples/w/obey``, ``samples/w/kid``, …, and compared with the validation set. FID wants some hundred
-            samples, of which the figure shows the first seeds.
-        features: by which fidelity is measured, as in ``test``.
+        judge: which networks judge the samples, as in ``test``. The scores of weight ``w`` are logged as
+            ``samples/w/prompt_accuracy``, ``samples/w/kid``, …; FID and KID compare with the validation set. FID needs
+            some hundred samples; the figure shows the first seeds only.
+        features: which network's features FID and KID compare, as in ``test``.
     """
 
     def __init__(
@@ -59,81 +61,81 @@ class GuidedSamples(L.Callback):
         self._reference: Reference | None = None
         self._drawn_step = 0
 
-    def cells(self, method: str) -> list[Cell]:
+    def list_cells(self, method: str) -> list[Cell]:
+        """The requests: each seed unguided, then each text with each seed."""
         weight = METHODS[method].weight if self.guidance_weight is None else self.guidance_weight
-        plain = [Cell(seed, "", 0.0) for seed in self.seeds]
-        return plain + [Cell(seed, sentence, weight) for sentence in self.text for seed in self.seeds]
+        unguided = [Cell(seed, "", 0.0) for seed in self.seeds]
+        return unguided + [Cell(seed, sentence, weight) for sentence in self.text for seed in self.seeds]
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: HasSampler) -> None:
         self._drawn_step = trainer.global_step
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: L.Trainer, pl_module: HasSampler, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self.every_n_steps and trainer.global_step % self.every_n_steps == 0:
             self.draw(trainer, pl_module)
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: HasSampler) -> None:
         if self.every_n_epochs and (trainer.current_epoch + 1) % self.every_n_epochs == 0:
             self.draw(trainer, pl_module)
 
-    def draw(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw a share of the cells in each process, and show all of them, once a step."""
+    def draw(self, trainer: L.Trainer, pl_module: HasSampler) -> None:
+        """Draw, show and judge the samples of the current step, unless that is done."""
         step = trainer.global_step
         if step == self._drawn_step:
             return
         self._drawn_step = step
-        cells = self.cells(pl_module.sampling.method)
-        cost = Cost(pl_module)
+        sampler = pl_module.sampler
+        cells = self.list_cells(sampler.config.method)
+        meter = CostMeter(sampler.network, sampler.models.loaded())
         with isolate_rng(), trainer.precision_plugin.forward_context():
-            cost.start()
-            images = self.images(cells, trainer, pl_module)
-            spent = cost.stop(-(-len(cells) // trainer.world_size))
-        cost.remove()
-        folder, provenance = trainer.log_dir, pl_module.provenance()  # every process has a part in these
+            meter.start()
+            images = self.sample(cells, trainer, pl_module)
+            cost = meter.stop(-(-len(cells) // trainer.world_size))
+        meter.remove()
+        log_dir, provenance = trainer.log_dir, pl_module.provenance()  # all processes must take part in these
         if trainer.is_global_zero:
-            self.show(trainer, cells, images, None if folder is None else Path(folder) / "samples", provenance)
+            self.show(trainer, cells, images, None if log_dir is None else Path(log_dir) / "samples", provenance)
             if self.judges is not None and trainer.logger is not None:
                 with isolate_rng():
-                    self.record(trainer, self.judge(cells, images, spent, trainer, pl_module))
+                    table = self.judge(self.judges, cells, images, cost, trainer, pl_module)
+                    log_scores(trainer.logger, table, step)
 
-    def images(self, cells: list[Cell], trainer: L.Trainer, pl_module: L.LightningModule) -> Tensor:
-        """(cells, C, H, W), in every process."""
+    def sample(self, cells: list[Cell], trainer: L.Trainer, pl_module: HasSampler) -> Tensor:
+        """Sample a share of the cells in each process, and return all: (cells, C, H, W) in [-1, 1]."""
         world, count = trainer.world_size, len(cells)
         share = -(-count // world)
         own = [cells[min(i * world + trainer.global_rank, count - 1)] for i in range(share)]
-        drawn = []
+        images = []
         for start in range(0, share, self.micro_batch):
             chunk = own[start : start + self.micro_batch]
-            requests = zip(*((cell.text, cell.seed, cell.guidance_weight) for cell in chunk), strict=True)
-            drawn.append(pl_module.draw(*map(list, requests))[0])
-        gathered = trainer.strategy.all_gather(torch.cat(drawn))  # (world, share, C, H, W)
-        return gathered.reshape(world, share, *drawn[0].shape[1:]).transpose(0, 1).flatten(0, 1)[:count]
+            texts, seeds = [cell.text for cell in chunk], [cell.seed for cell in chunk]
+            image, _ = pl_module.sampler.best_of_n(texts, seeds, [cell.guidance_weight for cell in chunk])
+            images.append(image)
+        gathered = trainer.strategy.all_gather(torch.cat(images))  # (world, share, C, H, W)
+        return gathered.reshape(world, share, *images[0].shape[1:]).transpose(0, 1).flatten(0, 1)[:count]
 
     def show(
         self, trainer: L.Trainer, cells: list[Cell], images: Tensor, folder: Path | None, provenance: dict[str, Any]
     ) -> None:
-        """To the logger, and to ``folder`` as a PNG."""
+        """Draw the first seeds as a figure, for TensorBoard and as a PNG in ``folder``."""
         step, shown = trainer.global_step, set(self.seeds[:GRID_ROWS])
         pictures = {cell: image for cell, image in zip(cells, images, strict=True) if cell.seed in shown}
-        sheet = figure({cell: to_picture(image) for cell, image in pictures.items()})
-        if isinstance(trainer.logger, L.pytorch.loggers.TensorBoardLogger):
+        sheet = draw_figure({cell: to_picture(image) for cell, image in pictures.items()})
+        if isinstance(trainer.logger, TensorBoardLogger):
             trainer.logger.experiment.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             save_png(folder / f"{step:08d}.png", sheet, f"step {step}; {provenance}")
 
     def judge(
-        self,
-        cells: list[Cell],
-        images: Tensor,
-        cost: dict[str, float],
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-    ) -> list[Row]:
-        """An entry for each weight, as in the report of ``test``."""
-        if self._reference is None and trainer.datamodule is not None:
-            self._reference = Reference(trainer.datamodule.val_dataloader(), self.judges, pl_module.device)
+        self, judges: Judges, cells: list[Cell], images: Tensor, cost: Cost, trainer: L.Trainer, pl_module: HasSampler
+    ) -> list[Scores]:
+        """The scores of each weight, as in the report of ``test``."""
+        data: HasValidationPictures | None = trainer.datamodule
+        if self._reference is None and data is not None:
+            self._reference = Reference.from_batches(data.val_dataloader(), judges, pl_module.sampler.device)
         requests = {
             "index": list(range(len(cells))),
             "text": [cell.text for cell in cells],
@@ -141,13 +143,24 @@ class GuidedSamples(L.Callback):
             "guidance_weight": [cell.guidance_weight for cell in cells],
             "valid": [True] * len(cells),
         }
-        return summarise(self.judges.rows(requests, images, cost, pl_module.critics), self._reference)
+        judgements = judges.judge_pictures(requests, images, cost, pl_module.sampler.models)
+        return summarise(judgements, self._reference)
 
-    def record(self, trainer: L.Trainer, table: list[Row]) -> None:
-        """What is a number in each entry, by its weight."""
-        for entry in table:
-            by_judge = {f"obey/{Path(path).stem}": share for path, share in entry["judges"].items()}
-            numbers = {name: entry.get(name) for name in LOGGED} | by_judge | {"seconds": entry["cost"]["seconds"]}
-            tags = {f"samples/{entry['guidance_weight']:g}/{name}": value for name, value in numbers.items()}
-            known = {tag: value for tag, value in tags.items() if value is not None}
-            trainer.logger.log_metrics(known, trainer.global_step)
+
+def log_scores(logger: Logger, table: list[Scores], step: int) -> None:
+    """Log the scores of each weight that are known."""
+    for scores in table:
+        numbers = {
+            "prompt_accuracy": scores.prompt_accuracy,
+            **{f"prompt_accuracy/{Path(judge).stem}": share for judge, share in scores.judges.items()},
+            "attribute_accuracy": scores.attribute_accuracy,
+            "clip_similarity": scores.clip_similarity,
+            "held_out_similarity": scores.held_out_similarity,
+            "fid": scores.fid,
+            "kid": scores.kid,
+            "twin_distance": scores.twin_distance,
+            "seconds": scores.cost.seconds,
+        }
+        tags = {f"samples/{scores.guidance_weight:g}/{name}": value for name, value in numbers.items()}
+        known = {tag: value for tag, value in tags.items() if value is not None}
+        logger.log_metrics(known, step)

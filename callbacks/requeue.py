@@ -1,4 +1,4 @@
-"""What SLURM's warning does: save, ask for the job again, and stop."""
+"""The callback of ``fit`` that answers SLURM's warning: it saves, requeues the job and stops."""
 
 import logging
 import os
@@ -14,12 +14,12 @@ logger = logging.getLogger(__name__)
 
 
 class Requeue(L.Callback):
-    """At a signal, waits for the end of the step in all processes, saves ``requeue.ckpt`` and asks for the job again.
+    """At a signal, finishes the training step in all processes, saves ``requeue.ckpt`` and requeues the job.
 
-    The job goes on with ``--ckpt_path last``. Lightning's own requeueing saves wherever a step happens to be.
+    The job continues with ``--ckpt_path last``. Lightning's own requeueing may save in the middle of a step.
 
     Args:
-        signal_name: what ``sbatch --signal`` sends some time before the job ends.
+        signal_name: the signal that ``sbatch --signal`` sends some time before the job ends.
     """
 
     def __init__(self, signal_name: Literal["SIGUSR1", "SIGUSR2"] = "SIGUSR1") -> None:
@@ -34,14 +34,14 @@ class Requeue(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # The processes hear of it in different steps.
+        # The signal may reach the processes in different steps.
         if not trainer.strategy.reduce_boolean_decision(self.warned, all=False):
             return
         path = Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints/requeue.ckpt"
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
             job = os.environ.get("SLURM_JOB_ID")
-            logger.warning(f"{self.signal_name}: saved {path}; asking for job {job} again")
+            logger.warning(f"{self.signal_name}: saved {path}; requeueing job {job}")
             if job is not None:
                 subprocess.run(["scontrol", "requeue", job], check=True)
         raise SIGTERMException

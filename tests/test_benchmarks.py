@@ -3,57 +3,61 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.methods import METHODS, chosen, compare
-from benchmarks.scaling import FIT, PREDICT, measured
+from benchmarks.methods import METHODS, compare, select_correct
+from benchmarks.scaling import FIT, PREDICT, measure
 from clipward.datamodules.faces import caption
-from clipward.evaluation.report import load_rows
+from clipward.evaluation.judgements import load_judgements
+from clipward.evaluation.scores import Scores
 from clipward.guidance import methods
 
 ROOT = Path(__file__).parent.parent
+TEXTS = (ROOT / "benchmarks/faces_texts.txt").read_text().splitlines()
 
 
 def test_the_methods_are_those_of_the_package() -> None:
     assert {method for method, _ in METHODS.values()} <= methods.METHODS.keys()
 
 
-def test_the_texts_are_those_of_the_contract() -> None:
-    texts = (ROOT / "benchmarks/faces_texts.txt").read_text().splitlines()
-    assert len(texts) == len(set(texts)) == 12
+def test_the_texts_use_the_words_of_the_captions() -> None:
+    assert len(TEXTS) == len(set(TEXTS)) == 12
     words = {word for i in range(3000) for word in caption(0, i).replace(",", "").split()}
-    assert {word for text in texts for word in text.replace(",", "").split()} <= words
+    assert {word for text in TEXTS for word in text.replace(",", "").split()} <= words
 
 
 def test_a_method_is_judged_into_a_table_and_a_figure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(ROOT)
-    monkeypatch.setitem(METHODS, "evidence", ("evidence", [20]))
+    monkeypatch.setitem(METHODS, "contrastive", ("contrastive", [20]))
     monkeypatch.setattr("benchmarks.methods.POOL", 2)
-    compare(tmp_path, only=["evidence", "unguided", "faces", "chosen"], n_samples=1, val_count=300)
+    compare(tmp_path, only=["contrastive", "unguided", "faces", "rejection"], n_samples=1, val_count=300)
     table = (tmp_path / "table.md").read_text()
     assert table in capsys.readouterr().out
     assert "| unguided | 0 | 12 | " in table
     assert "| unseen faces |  | 12 | 100.0% ± 0.0% | 100.0% | " in table
-    assert "| evidence | 20 | 12 | " in table
-    texts = (ROOT / "benchmarks/faces_texts.txt").read_text().splitlines()
-    drawn = load_rows(tmp_path / "evidence/pictures.parquet")
-    assert [(row["text"], row["seed"]) for row in drawn] == [(text, 1000 + i) for i, text in enumerate(texts)]
-    (entry,) = json.loads((tmp_path / "report.json").read_text())["evidence"]
-    assert entry["drift"] > 0
-    rows = [row for folder in ("unguided", "chosen") for row in load_rows(tmp_path / folder / "pictures.parquet")]
-    assert {row["seed"] for row in rows} == set(range(1000, 1024))
-    obeyed = chosen(rows, texts, 1)
-    assert len({each["seed"] for each in obeyed}) == len({each["text"] for each in obeyed}) == len(obeyed) > 1
-    assert all(all(next(iter(each["seen"].values())).values()) for each in obeyed)
-    assert f"| unguided that obey |  | {len(obeyed)} | 100.0%" in table
-    men = [row for row in rows if row["text"] == "a man"]
-    share = len(men) / sum(next(iter(row["seen"].values()))["gender"] for row in men)
-    forwards = {each["text"]: each["cost"]["network_forwards"] for each in obeyed}
-    assert forwards["a man"] == pytest.approx(50 * share)
+    assert "| contrastive | 20 | 12 | " in table
+    drawn = load_judgements(tmp_path / "contrastive/pictures.parquet")
+    assert [(each.text, each.seed) for each in drawn] == [(text, 1000 + i) for i, text in enumerate(TEXTS)]
+    scores = json.loads((tmp_path / "report.json").read_text())
+    assert list(scores) == ["unseen faces", "rejection sampling", "unguided", "contrastive"]
+    assert Scores.from_dict(scores["contrastive"][0]).twin_distance > 0
     assert (tmp_path / "figure.png").stat().st_size > 1000
-    before = (tmp_path / "evidence/report.json").stat().st_mtime_ns
-    compare(tmp_path, only=["evidence"], n_samples=1, val_count=300)  # what is there is not judged again
-    assert (tmp_path / "evidence/report.json").stat().st_mtime_ns == before
+
+    folders = [tmp_path / name / "pictures.parquet" for name in ("unguided", "rejection")]
+    unguided = [each for path in folders for each in load_judgements(path)]
+    assert {each.seed for each in unguided} == set(range(1000, 1024))
+    correct = select_correct(unguided, TEXTS, 1)
+    assert len({each.seed for each in correct}) == len({each.text for each in correct}) == len(correct) > 1
+    assert all(each.is_correct() for each in correct)
+    assert f"| rejection sampling |  | {len(correct)} | 100.0%" in table
+    men = [each for each in unguided if each.text == "a man"]
+    draws = len(men) / sum(each.is_correct() for each in men)
+    forwards = {each.text: each.cost.network_forwards for each in correct}
+    assert forwards["a man"] == pytest.approx(50 * draws)
+
+    before = (tmp_path / "contrastive/report.json").stat().st_mtime_ns
+    compare(tmp_path, only=["contrastive"], n_samples=1, val_count=300)  # what is there is not judged again
+    assert (tmp_path / "contrastive/report.json").stat().st_mtime_ns == before
     with pytest.raises(SystemExit, match="other texts or seeds"):
         compare(tmp_path, n_samples=2)
 
@@ -62,6 +66,6 @@ def test_a_method_is_judged_into_a_table_and_a_figure(
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_processes_are_metered(strategy: str) -> None:
     for command, size in (([*PREDICT, "--skip_steps", "2"], 2), (FIT, 4)):
-        found = measured(command, size, batches=1, strategy=strategy, processes=2)
+        found = measure(command, size, batches=1, strategy=strategy, processes=2)
         assert found["rate"] > 0
         assert found["peak"] > 2**28

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipward.callbacks.checkpoints import WholeCheckpointIO, check, last_checkpoint
+from clipward.callbacks.checkpoints import AtomicCheckpointIO, check, last_checkpoint
 from clipward.errors import InputError
 
 
@@ -12,12 +12,12 @@ def saved(folder: Path, *names: str) -> list[Path]:
     """Checkpoints, each newer than the one before it."""
     paths = [folder / name for name in names]
     for age, path in enumerate(paths):
-        WholeCheckpointIO().save_checkpoint({"weights": torch.randn(1000)}, str(path))
+        AtomicCheckpointIO().save_checkpoint({"weights": torch.randn(1000)}, str(path))
         os.utime(path, (1_000_000 + age, 1_000_000 + age))
     return paths
 
 
-def test_a_checkpoint_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_is_written_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (path,) = saved(tmp_path, "a.ckpt")
     before = path.read_bytes()
 
@@ -26,7 +26,7 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(os, "fsync", stopped)
     with pytest.raises(KeyboardInterrupt):
-        WholeCheckpointIO().save_checkpoint({"weights": torch.zeros(9)}, str(path))
+        AtomicCheckpointIO().save_checkpoint({"weights": torch.zeros(9)}, str(path))
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -40,14 +40,14 @@ def test_the_newest_is_the_last(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", ["cut", "changed", "empty"])
-def test_a_damaged_one_is_named_and_the_one_before_it_offered(tmp_path: Path, harm: str) -> None:
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_named(tmp_path: Path, harm: str) -> None:
     oldest, older, newest = saved(tmp_path, "1.ckpt", "2.ckpt", "3.ckpt")
     for path in (older, newest):
         content, age = bytearray(path.read_bytes()), path.stat().st_mtime
         content[2000] ^= 1
         path.write_bytes({"cut": content[:2000], "changed": content, "empty": b""}[harm])
         os.utime(path, (age, age))
-    with pytest.raises(InputError, match=f"{newest} is damaged .*--ckpt_path {oldest}, saved before it, would do"):
+    with pytest.raises(InputError, match=f"{newest} is damaged .*; use --ckpt_path {oldest}, saved before it"):
         last_checkpoint(tmp_path)
     with pytest.raises(InputError, match=f"{older} is damaged"):
         check(older, tmp_path)

@@ -28,7 +28,7 @@ def filled(path: Path, output: str, count: int = 5, rank: int = 0) -> Gallery:
     return gallery
 
 
-def test_a_folder_takes_ten_thousand_and_the_next_have_their_own(tmp_path: Path) -> None:
+def test_each_ten_thousand_pictures_have_a_folder(tmp_path: Path) -> None:
     gallery = Gallery(tmp_path)
     for index in (0, 9_999, 10_000, 123_456):
         gallery.add(row(index), picture(index))
@@ -42,7 +42,7 @@ def test_a_folder_takes_ten_thousand_and_the_next_have_their_own(tmp_path: Path)
 
 
 @pytest.mark.parametrize("output", ["webdataset", "parquet"])
-def test_shards_hold_every_picture_once_whoever_wrote_it(tmp_path: Path, output: str) -> None:
+def test_shards_hold_the_pictures_of_all_processes_once(tmp_path: Path, output: str) -> None:
     folder = tmp_path / "x"
     first, second = filled(folder, output), filled(folder, output, rank=1)
     first.pack_staged(2)

@@ -1,4 +1,4 @@
-"""Features by which sets of pictures are compared."""
+"""The features of the FID's own network."""
 
 import torch
 from torch import Tensor, nn
@@ -7,13 +7,13 @@ from clipward.errors import InputError, first_line
 
 
 class Inception(nn.Module):
-    """The network of FID (Heusel et al. 2017) as torch-fidelity has it, up to its last pooling.
+    """The Inception network of FID (Heusel et al. 2017) as torch-fidelity has it, up to its last pooling.
 
     Args:
-        path: of its weights, or ``inception`` to download them.
+        path: the file with its weights, or ``inception`` to download them.
 
     Raises:
-        InputError: where the package or the weights can't be had.
+        InputError: where torch-fidelity or the weights are missing.
     """
 
     def __init__(self, path: str) -> None:
@@ -21,12 +21,15 @@ class Inception(nn.Module):
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError as error:
-            raise InputError("features: Inception needs the package torch-fidelity, which pip installs") from error
+            raise InputError(f"features: {path} needs torch-fidelity; use pip install 'clipward[inception]'") from error
         file = None if path == "inception" else path
         try:
             self.network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=file)
         except Exception as error:
-            raise InputError(f"features: {path} gives no weights of Inception ({first_line(error)})") from error
+            raise InputError(
+                f"features: got {path}, expected judge, inception or a file with Inception's weights "
+                f"({first_line(error)})"
+            ) from error
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, 2048)."""

@@ -1,181 +1,196 @@
-"""What judges say of pictures: whether they obey, whether they are still pictures, and what they cost."""
+"""Judges: networks that check whether a picture shows what its text names. They never guide."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clipward.errors import InputError
+from clipward.evaluation.cost import Cost
 from clipward.evaluation.features import Inception
-from clipward.networks.classifier import Classifier, Vocabulary, check_named, load_classifier, named
+from clipward.evaluation.judgements import Judgement
+from clipward.files import locate
+from clipward.networks.classifier import Classifier, load_classifier
 from clipward.networks.clip import CONFIG_FILE, Clip
+from clipward.networks.vocabulary import Prompts, Vocabulary, check_attributes, find_attributes, load_vocabulary
 
-Row = dict[str, Any]
+JUDGE_FILE = "judge.json"  # in a CLIP's folder: {attribute: {value: {"prompt": a sentence, "words": [that name it]}}}
 
 
-class Critics(Protocol):
-    """The CLIPs that guide, where there are ``names`` of any."""
+class Judge(Protocol):
+    """A network that sees the attributes of a vocabulary in pictures."""
+
+    vocabulary: Vocabulary
+
+    def __call__(self, image: Tensor) -> Mapping[str, Tensor]:
+        """(B, C, H, W) in [-1, 1] -> logits (B, values) of each attribute."""
+        ...
+
+    def features(self, image: Tensor) -> Tensor:
+        """(B, C, H, W) in [-1, 1] -> (B, features), by which sets of pictures are compared."""
+        ...
+
+    def to(self, device: torch.device) -> Any:
+        """Move the weights."""
+        ...
+
+
+class ClipJudge:
+    """A CLIP that says, for each attribute, which value's sentence a picture is nearest to.
+
+    Args:
+        clip: one that does not guide.
+        prompts: a sentence for each value of each attribute.
+        vocabulary: the words that name each value in a text.
+    """
+
+    def __init__(self, clip: Clip, prompts: Prompts, vocabulary: Vocabulary) -> None:
+        self.clip, self.vocabulary = clip, vocabulary
+        self._sentences = {name: clip.encode_text(list(values.values())) for name, values in prompts.items()}
+
+    def __call__(self, image: Tensor) -> dict[str, Tensor]:
+        """(B, C, H, W) in [-1, 1] -> the cosine of each picture and each value's sentence, (B, values)."""
+        features = self.clip.to(image.device).encode_image(image)
+        return {name: features @ sentences.to(image.device).T for name, sentences in self._sentences.items()}
+
+    def features(self, image: Tensor) -> Tensor:
+        """(B, C, H, W) in [-1, 1] -> (B, D), with a root mean square of 1, for which the kernel of KID is made."""
+        features = self.clip.encode_image(image)
+        return features * features.shape[1] ** 0.5
+
+    def to(self, device: torch.device) -> None:
+        self.clip.to(device)
+
+
+def load_judge(name: str | Path) -> Judge:
+    """Load a judge from a classifier's safetensors, or from a CLIP's folder with a ``judge.json``.
+
+    Args:
+        name: a path, or ``clipward:`` and the name of a file or folder that ships.
+
+    Raises:
+        InputError: where it is neither.
+    """
+    path = locate(name)
+    if not path.is_dir():
+        return load_classifier(name)
+    missing = [file for file in (JUDGE_FILE, CONFIG_FILE) if not (path / file).is_file()]
+    if missing:
+        raise InputError(f"judge: got {path}, which has no {missing[0]}; expected a CLIP's folder with one")
+    vocabulary, prompts = load_vocabulary(path / JUDGE_FILE, "judge")
+    return ClipJudge(Clip.load(str(name)), prompts, vocabulary)
+
+
+class ScoresTexts(Protocol):
+    """The CLIPs that guide; ``names`` is empty where there are none."""
 
     names: list[str]
 
     def cosines(self, image: Tensor, text: Sequence[str]) -> Tensor:
         """(B, C, H, W) and T texts -> (B, T)."""
+        ...
 
 
 class Judges:
-    """Judges that look at the same pictures, none of which may guide.
-
-    A picture obeys where a judge sees every attribute that its text names. An unguided picture, which has no text, is
-    asked for all of them.
+    """Several judges of the same pictures, and the features by which sets of pictures are compared.
 
     Args:
-        paths: a classifier's safetensors, or a CLIP's folder with ``judge.json``. The first one's verdict is the
-            table's.
-        texts: all that will be asked for.
-        features: what measures fidelity: ``judge``, the classifier's features or, where there is none, the CLIP's;
-            ``inception``, those of FID's own network, downloaded on first use; or a file with its weights.
+        paths: what :func:`load_judge` takes. The first judge decides prompt accuracy.
+        texts: all texts that the pictures are drawn from. An unguided picture is judged by each of them.
+        features: the network whose features FID and KID compare: ``judge``, the first classifier or, where there is
+            none, the first CLIP; ``inception``, FID's own network, downloaded on first use; or a file with its weights.
 
     Raises:
-        InputError: where a judge knows nothing of a text, or there is none.
+        InputError: where there is no text, or a text names no attribute that a judge knows.
     """
 
     def __init__(self, paths: Sequence[str], texts: Iterable[str], features: str = "judge") -> None:
-        self.judges = {path: load_judge(Path(path)) for path in paths}
+        self.judges = {path: load_judge(path) for path in paths}
         self.texts = list(dict.fromkeys(filter(None, texts)))
         if not self.texts:
-            raise InputError("text: none given; a sentence that the judge can look for would do")
+            raise InputError("text: got none, expected a sentence that names what the judges look for")
         for text in self.texts:
             for judge in self.judges.values():
-                check_named(judge.vocabulary, text, "judge")
-
+                check_attributes(judge.vocabulary, text, "judge")
         self._inception = None if features == "judge" else Inception(features)
-
-    @property
-    def clip(self) -> Clip | None:
-        return next((judge.clip for judge in self.judges.values() if isinstance(judge, ClipJudge)), None)
 
     @property
     def vocabulary(self) -> Vocabulary:
         """The first judge's."""
         return next(iter(self.judges.values())).vocabulary
 
+    @property
+    def clip(self) -> Clip | None:
+        """The first judge that is a CLIP."""
+        return next((judge.clip for judge in self.judges.values() if isinstance(judge, ClipJudge)), None)
+
     def to(self, device: torch.device) -> None:
-        for network in (*self.judges.values(), self.clip, self._inception):
-            if isinstance(network, nn.Module | Clip):
-                network.to(device)
+        """Move all networks."""
+        for judge in self.judges.values():
+            judge.to(device)
+        if self._inception is not None:
+            self._inception.to(device)
 
     def features(self, image: Tensor) -> Tensor:
         """(B, C, H, W) in [-1, 1] -> (B, features), by which sets of pictures are compared."""
         if self._inception is not None:
             return self._inception(image)
-        for judge in self.judges.values():
-            if isinstance(judge, Classifier):
-                return judge.features(image)
-        features = self.clip.encode_image(image)
-        return features * features.shape[1] ** 0.5  # about 1 each, as KID's kernel takes them to be
+        judges = list(self.judges.values())
+        classifiers: list[Judge] = [judge for judge in judges if isinstance(judge, Classifier)]
+        return (classifiers or judges)[0].features(image)
 
     @torch.no_grad()
-    def rows(
-        self, requests: Mapping[str, list], image: Tensor, cost: Mapping[str, float], critics: Critics
-    ) -> list[Row]:
-        """What is to be said of a batch: a row for each picture and text.
+    def judge_pictures(
+        self, requests: Mapping[str, list], image: Tensor, cost: Cost, models: ScoresTexts
+    ) -> list[Judgement]:
+        """Judge a batch of pictures: each by its own text, an unguided one by every text.
 
         Args:
-            requests: a list for each of ``index``, ``text``, ``seed``, ``guidance_weight``, ``valid``; all that is not
-                valid is left out.
+            requests: a list for each of ``index``, ``text``, ``seed``, ``guidance_weight`` and ``valid``. Pictures
+                that are not valid are left out.
             image: (B, C, H, W) in [-1, 1].
-            cost: what one of them cost.
-            critics: what guided, whose opinion is asked too.
+            cost: what each of them costs.
+            models: what guided them; its similarities are recorded beside the judges'.
         """
         image = image.float()
         self.to(image.device)
-        saw = {path: seen(judge, image) for path, judge in self.judges.items()}
+        predicted = {path: predict_attributes(judge, image) for path, judge in self.judges.items()}
         features = self.features(image).cpu()
-        guiding = critics.cosines(image, self.texts) if critics.names else None
+        guiding = models.cosines(image, self.texts) if models.names else None
         clip = self.clip
         held_out = None if clip is None else clip.encode_image(image) @ clip.encode_text(self.texts).T
-        rows = []
+        judgements = []
         for i in (i for i, valid in enumerate(requests["valid"]) if valid):
-            request = {name: values[i] for name, values in requests.items()}
-            for text in [request["text"]] if request["text"] else self.texts:
+            for text in [requests["text"][i]] if requests["text"][i] else self.texts:
                 column = self.texts.index(text)
-                verdicts = {p: obeys(judge.vocabulary, saw[p][i], text) for p, judge in self.judges.items()}
-                rows.append(
-                    {
-                        **request,
-                        "text": text,
-                        "seen": verdicts,
-                        "clip_similarity": None if guiding is None else guiding[i, column].item(),
-                        "held_out_similarity": None if held_out is None else held_out[i, column].item(),
-                        "features": features[i],
-                        "cost": cost,
-                    }
+                judgement = Judgement(
+                    index=requests["index"][i],
+                    text=text,
+                    seed=requests["seed"][i],
+                    guidance_weight=requests["guidance_weight"][i],
+                    verdicts={
+                        path: check_prompt(judge.vocabulary, predicted[path][i], text)
+                        for path, judge in self.judges.items()
+                    },
+                    clip_similarity=None if guiding is None else guiding[i, column].item(),
+                    held_out_similarity=None if held_out is None else held_out[i, column].item(),
+                    features=features[i],
+                    cost=cost,
                 )
-        return rows
+                judgements.append(judgement)
+        return judgements
 
 
-JUDGE_FILE = "judge.json"  # in a CLIP's folder: {attribute: {value: {"prompt": a sentence, "words": [that name it]}}}
-
-
-class Judge(Protocol):
-    """Answers for each attribute of ``vocabulary`` by logits (B, values)."""
-
-    vocabulary: Vocabulary
-
-    def __call__(self, image: Tensor) -> Mapping[str, Tensor]: ...
-
-
-class ClipJudge:
-    """A CLIP that is asked which of an attribute's sentences a picture is nearest to.
-
-    Args:
-        clip: one that does not guide.
-        sentences: ``{attribute: {value: sentence}}``.
-        vocabulary: as of :class:`clipward.networks.classifier.Classifier`.
-    """
-
-    def __init__(self, clip: Clip, sentences: Mapping[str, Mapping[str, str]], vocabulary: Vocabulary) -> None:
-        self.clip, self.vocabulary = clip, vocabulary
-        self.answers = {name: clip.encode_text(list(values.values())) for name, values in sentences.items()}
-
-    def __call__(self, image: Tensor) -> dict[str, Tensor]:
-        features = self.clip.to(image.device).encode_image(image)
-        return {name: features @ answers.to(image.device).T for name, answers in self.answers.items()}
-
-
-def load_judge(path: Path) -> Judge:
-    """A classifier's safetensors, or a CLIP's folder with ``judge.json``.
-
-    Raises:
-        InputError: where it is neither.
-    """
-    if not path.is_dir():
-        return load_classifier(path)
-    if not (path / JUDGE_FILE).is_file() or not (path / CONFIG_FILE).is_file():
-        raise InputError(f"judge: {path} lacks {JUDGE_FILE} or {CONFIG_FILE}; a CLIP's folder with both would do")
-    try:
-        entries = json.loads((path / JUDGE_FILE).read_text())
-        sentences = {name: {v: e["prompt"] for v, e in values.items()} for name, values in entries.items()}
-        vocabulary = {name: {v: e["words"] for v, e in values.items()} for name, values in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"judge: {path / JUDGE_FILE} can't be read ({error!r}); "
-            '{"gender": {"man": {"prompt": "a man", "words": ["man", "boy"]}, …}} would do'
-        ) from error
-    return ClipJudge(Clip.load(str(path)), sentences, vocabulary)
-
-
-def seen(judge: Judge, image: Tensor) -> list[dict[str, str]]:
-    """What a judge sees in each picture: ``[{"gender": "man", "hair": "grey"}, …]``."""
+@torch.no_grad()
+def predict_attributes(judge: Judge, image: Tensor) -> list[dict[str, str]]:
+    """What a judge sees in each of (B, C, H, W) pictures in [-1, 1]: ``[{"gender": "man", "hair": "grey"}, …]``."""
     values = {name: list(words) for name, words in judge.vocabulary.items()}
-    with torch.no_grad():
-        answers = {name: logits.argmax(dim=1).tolist() for name, logits in judge(image.float()).items()}
-    return [{name: values[name][places[i]] for name, places in answers.items()} for i in range(len(image))]
+    places = {name: logits.argmax(dim=1).tolist() for name, logits in judge(image.float()).items()}
+    return [{name: values[name][found[i]] for name, found in places.items()} for i in range(len(image))]
 
 
-def obeys(vocabulary: Vocabulary, saw: Mapping[str, str], text: str) -> dict[str, bool]:
-    """For each attribute that a text names, whether it is what was seen: ``{"gender": True, "hair": False}``."""
-    return {name: saw[name] == value for name, value in named(vocabulary, text).items()}
+def check_prompt(vocabulary: Vocabulary, predicted: Mapping[str, str], text: str) -> dict[str, bool]:
+    """Whether a judge predicted what a text names, for each attribute: ``{"gender": True, "hair": False}``."""
+    return {name: predicted[name] == value for name, value in find_attributes(vocabulary, text).items()}

@@ -1,4 +1,4 @@
-"""Distances between two sets of features, and their standard errors."""
+"""Distances between two sets of features, and the standard error of a statistic."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 
-class _Features(nn.Module):
-    """What torchmetrics takes for pictures are features already."""
+class _Identity(nn.Module):
+    """Stands in torchmetrics for the network that extracts features, since its input has them already."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -18,24 +18,29 @@ class _Features(nn.Module):
         return features
 
 
-def frechet(made: Tensor, reference: Tensor) -> float:
-    """FID between two sets of features, (N, C) each (Heusel et al. 2017)."""
+def fid(made: Tensor, reference: Tensor) -> float:
+    """The FID between two sets of features, (N, C) and (M, C): 0 or more, 0 for equal sets (Heusel et al. 2017)."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    # one process has gathered all
-    return _distance(FrechetInceptionDistance(_Features(made.shape[1]), sync_on_compute=False), made, reference)
+    # the caller has gathered the features of all processes
+    return _compute(FrechetInceptionDistance(_Identity(made.shape[1]), sync_on_compute=False), made, reference)
 
 
-def kernel(made: Tensor, reference: Tensor) -> float:
-    """KID between two sets of features, (N, C) each: the mean over 50 halves of the smaller (Bińkowski et al. 2018)."""
+def kid(made: Tensor, reference: Tensor) -> float:
+    """The KID between two sets of features, (N, C) and (M, C) (Bińkowski et al. 2018).
+
+    It is the mean over 50 random subsets, each half as large as the smaller set. It is unbiased, so that it may lie
+    below 0.
+    """
     from torchmetrics.image.kid import KernelInceptionDistance
 
     half = max(2, min(len(made), len(reference)) // 2)
-    metric = KernelInceptionDistance(_Features(made.shape[1]), subsets=50, subset_size=half, sync_on_compute=False)
-    return _distance(metric, made, reference)
+    metric = KernelInceptionDistance(_Identity(made.shape[1]), subsets=50, subset_size=half, sync_on_compute=False)
+    return _compute(metric, made, reference)
 
 
-def _distance(metric: Any, made: Tensor, reference: Tensor) -> float:
+def _compute(metric: Any, made: Tensor, reference: Tensor) -> float:
+    """A metric of torchmetrics in float64, with the same random subsets every time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         metric.set_dtype(torch.float64)
@@ -46,7 +51,16 @@ def _distance(metric: Any, made: Tensor, reference: Tensor) -> float:
 
 
 def jackknife(statistic: Callable[[Tensor], float], values: Tensor, group: Sequence[int]) -> float | None:
-    """The standard error of a statistic of (N, …) values, by leaving out one group of them at a time."""
+    """The standard error of a statistic, estimated by leaving out one group of values at a time.
+
+    Args:
+        statistic: a number for (M, …) values.
+        values: (N, …).
+        group: the group of each of the N values.
+
+    Returns:
+        None where there are fewer than two groups, or fewer than two values without one of them.
+    """
     groups = list(dict.fromkeys(group))
     if len(groups) < 2:
         return None

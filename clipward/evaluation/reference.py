@@ -1,7 +1,8 @@
-"""Pictures to compare with."""
+"""Real pictures that made ones are compared with: all of them, or those with matching attributes."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -10,73 +11,114 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipward.evaluation.judges import Judges
-from clipward.networks.classifier import named
+from clipward.networks.vocabulary import Vocabulary, find_attributes
 
 
+@dataclass(frozen=True, eq=False)
 class Reference:
-    """Features of pictures to compare with, and which of them a text is true of.
+    """The features of real pictures, and their labels where they have any.
 
     Args:
-        batches: with ``image``, and ``labels`` in the order of the judges' attributes where there are any.
-        judges: whose features.
-        device: on which they look.
+        features: (N, C).
+        labels: (N, attributes), for each attribute of the vocabulary the place of its value.
+        vocabulary: the attributes, their values and the words that name them.
     """
 
-    def __init__(self, batches: Iterable[dict[str, Any]], judges: Judges, device: torch.device) -> None:
+    features: Tensor
+    labels: Tensor | None
+    vocabulary: Vocabulary
+
+    @classmethod
+    def from_batches(cls, batches: Iterable[Mapping[str, Any]], judges: Judges, device: torch.device) -> "Reference":
+        """The features, by ``judges`` on ``device``, of batches of pictures.
+
+        Args:
+            batches: with an ``image``, (B, C, H, W) in [-1, 1], and ``labels``, (B, attributes) in the order of the
+                first judge's vocabulary, where there are any.
+            judges: whose features to take.
+            device: where to compute them.
+        """
         judges.to(device)
         features, labels = [], []
         with torch.no_grad():
             for batch in batches:
                 features.append(judges.features(batch["image"].to(device)).cpu())
-                labels.append(batch.get("labels"))
-        self.features, self.vocabulary = torch.cat(features), judges.vocabulary
-        self.labels = None if labels[0] is None else torch.cat(labels)  # (N, attributes)
+                if "labels" in batch:
+                    labels.append(batch["labels"])
+        return cls(torch.cat(features), torch.cat(labels) if labels else None, judges.vocabulary)
 
-    def of(self, texts: list[str]) -> Tensor:
-        """(M, C): pictures that the texts are true of, as many as there are in the shares that the texts have.
+    def matching_texts(self, texts: Sequence[str]) -> Tensor:
+        """(M, C): pictures that the texts are true of, in the proportions of the texts, and as many as there are.
 
         All pictures, where there are no labels or a text is true of fewer than two.
         """
         if self.labels is None:
             return self.features
-        true = {}
-        for text in dict.fromkeys(texts):
-            true[text] = torch.ones(len(self.labels), dtype=torch.bool)
-            for name, value in named(self.vocabulary, text).items():
-                column = list(self.vocabulary).index(name)
-                true[text] &= self.labels[:, column] == list(self.vocabulary[name]).index(value)
-        found = self._in_shares(true, texts)
+        masks = {text: self._find(find_attributes(self.vocabulary, text), self.labels) for text in dict.fromkeys(texts)}
+        found = self._take_in_proportion(masks, texts)
         return self.features if found is None else found
 
-    def alike(self, features: Tensor) -> Tensor | None:
-        """(M, C): pictures with the same attributes as those of ``features``, in the same shares, named or not.
+    def matching_attributes(self, features: Tensor) -> Tensor | None:
+        """(M, C): pictures with all the attributes of (N, C) made ones, in the same proportions.
 
-        None, where there are no labels or too few pictures.
+        Linear probes find the attributes of the made pictures, whether a text names them or not.
+
+        Returns:
+            None where there are no labels, too few pictures to fit the probes, or fewer than two that match.
         """
-        if self.labels is None or len(self.labels) <= self.features.shape[1]:
+        if self.labels is None or self._probes is None:
             return None
-        shown = [tuple(row) for row in self._shown(features).tolist()]
-        true = {each: (self.labels == torch.tensor(each)).all(dim=1) for each in dict.fromkeys(shown)}
-        return self._in_shares(true, shown)
-
-    def _shown(self, features: Tensor) -> Tensor:
-        """(N, attributes): what linear probes of the features see."""
-        padded = F.pad(features.double(), (0, 1), value=1)
-        return torch.stack([(padded @ probe).argmax(dim=1) for probe in self._probes], dim=1)
+        shown = [tuple(row) for row in predict_labels(self._probes, features).tolist()]
+        masks = {row: (self.labels == torch.tensor(row)).all(dim=1) for row in dict.fromkeys(shown)}
+        return self._take_in_proportion(masks, shown)
 
     @cached_property
-    def _probes(self) -> list[Tensor]:
-        """(C + 1, values) for each attribute, fitted to these pictures by least squares."""
-        padded = F.pad(self.features.double(), (0, 1), value=1)
-        return [
-            torch.linalg.lstsq(padded, F.one_hot(column, len(values)).double()).solution
-            for column, values in zip(self.labels.T, self.vocabulary.values(), strict=True)
-        ]
-
-    def _in_shares(self, true: Mapping[Any, Tensor], asked: Sequence[Any]) -> Tensor | None:
-        """As many pictures as there are in the shares of what is asked; None where one is true of fewer than two."""
-        if min(mask.sum() for mask in true.values()) < 2:
+    def _probes(self) -> list[Tensor] | None:
+        if self.labels is None or len(self.labels) <= self.features.shape[1]:
             return None
-        count = Counter(asked)
-        times = min(mask.sum().item() / count[each] for each, mask in true.items())
-        return torch.cat([self.features[mask][: round(times * count[each])] for each, mask in true.items()])
+        return fit_probes(self.features, self.labels, [len(values) for values in self.vocabulary.values()])
+
+    def _find(self, attributes: Mapping[str, str], labels: Tensor) -> Tensor:
+        """(N,): whether each picture has all of the attributes."""
+        mask = torch.ones(len(labels), dtype=torch.bool)
+        for name, value in attributes.items():
+            column = list(self.vocabulary).index(name)
+            mask &= labels[:, column] == list(self.vocabulary[name]).index(value)
+        return mask
+
+    def _take_in_proportion(self, masks: Mapping[Any, Tensor], keys: Sequence[Hashable]) -> Tensor | None:
+        """As many pictures as there are in the proportions of ``keys``; None where a mask has fewer than two."""
+        if min(mask.sum() for mask in masks.values()) < 2:
+            return None
+        count = Counter(keys)
+        times = min(mask.sum().item() / count[key] for key, mask in masks.items())
+        return torch.cat([self.features[mask][: round(times * count[key])] for key, mask in masks.items()])
+
+
+def fit_probes(features: Tensor, labels: Tensor, values: Sequence[int]) -> list[Tensor]:
+    """Fit a linear classifier of the features for each attribute, by least squares on one-hot labels.
+
+    Args:
+        features: (N, C).
+        labels: (N, attributes).
+        values: how many values each attribute has.
+
+    Returns:
+        (C + 1, values) for each attribute, in float64; the last row is the bias.
+    """
+    padded = _append_one(features)
+    return [
+        torch.linalg.lstsq(padded, F.one_hot(column, count).double()).solution
+        for column, count in zip(labels.T, values, strict=True)
+    ]
+
+
+def predict_labels(probes: Sequence[Tensor], features: Tensor) -> Tensor:
+    """(N, C) features -> (N, attributes), the most likely value of each attribute."""
+    padded = _append_one(features)
+    return torch.stack([(padded @ probe).argmax(dim=1) for probe in probes], dim=1)
+
+
+def _append_one(features: Tensor) -> Tensor:
+    """(N, C) -> (N, C + 1) in float64, with a 1 for the bias."""
+    return F.pad(features.double(), (0, 1), value=1)

@@ -1,0 +1,73 @@
+"""What the judges say of each picture, in memory and as a parquet file."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from clipward.evaluation.cost import Cost
+from clipward.files import atomic_write
+
+
+@dataclass(frozen=True, eq=False)
+class Judgement:
+    """What the judges say of one picture and one text.
+
+    Args:
+        index: the number of the picture. An unguided picture has a judgement for each text.
+        text: what the judges look for.
+        seed: the seed of the picture's noise.
+        guidance_weight: 0 for an unguided picture.
+        verdicts: ``{judge: {attribute: whether the judge sees what the text names}}``, for the attributes that the
+            text names. The first judge's verdict counts as prompt accuracy.
+        clip_similarity: the cosine of picture and text by the CLIPs that guide, in [-1, 1]; None without any.
+        held_out_similarity: the same cosine by the CLIP that judges; None without one.
+        features: (C,), by which sets of pictures are compared.
+        cost: what the picture costs.
+    """
+
+    index: int
+    text: str
+    seed: int
+    guidance_weight: float
+    verdicts: dict[str, dict[str, bool]]
+    clip_similarity: float | None
+    held_out_similarity: float | None
+    features: Tensor
+    cost: Cost
+
+    @property
+    def judges(self) -> list[str]:
+        """The names of the judges, the one that counts as prompt accuracy first."""
+        return list(self.verdicts)
+
+    def is_correct(self, judge: str | None = None) -> bool:
+        """Whether a judge, the first by default, sees all that the text names."""
+        return all(self.verdicts[judge or self.judges[0]].values())
+
+
+def save_judgements(path: Path, judgements: Sequence[Judgement]) -> None:
+    """Write a parquet file, atomically, with a row for each judgement."""
+    from datasets import Dataset
+
+    rows = [asdict(judgement) | {"features": judgement.features.tolist()} for judgement in judgements]
+    with atomic_write(path) as aside:
+        Dataset.from_list(rows).to_parquet(aside)
+
+
+def load_judgements(path: Path) -> list[Judgement]:
+    """Read what :func:`save_judgements` wrote."""
+    from datasets import load_dataset
+
+    judgements = []
+    for row in load_dataset("parquet", data_files=str(path), split="train", streaming=True):
+        # a parquet row has every attribute, with None for those that its text does not name
+        verdicts = {
+            judge: {attribute: right for attribute, right in verdict.items() if right is not None}
+            for judge, verdict in row["verdicts"].items()
+        }
+        parsed = {"verdicts": verdicts, "features": torch.tensor(row["features"]), "cost": Cost(**row["cost"])}
+        judgements.append(Judgement(**(row | parsed)))
+    return judgements
