@@ -1,8 +1,9 @@
 """The U-Nets of Ho et al. 2020 and of Dhariwal & Nichol 2021, arranged as diffusers arranges ``UNet2DModel``."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -103,14 +104,13 @@ class UNet(nn.Module):
         skips = [c]
         self.down = nn.ModuleList()
         for level, width in enumerate(channels):
-            stage = nn.ModuleDict({"blocks": nn.ModuleList(), "attentions": nn.ModuleList()})
+            stage = Stage()
             for _ in range(num_res_blocks):
-                stage["blocks"].append(res(c, width))
-                stage["attentions"].append(attention(level, width))
+                stage.append(res(c, width), attention(level, width))
                 c = width
                 skips.append(c)
             if level < len(channels) - 1:
-                stage["resample"] = down(c)
+                stage.resample = down(c)
                 skips.append(c)
             self.down.append(stage)
 
@@ -118,19 +118,17 @@ class UNet(nn.Module):
 
         self.up = nn.ModuleList()  # from the coarsest level to the finest
         for level, width in reversed(list(enumerate(channels))):
-            stage = nn.ModuleDict({"blocks": nn.ModuleList(), "attentions": nn.ModuleList()})
+            stage = Stage()
             for _ in range(num_res_blocks + 1):
-                stage["blocks"].append(res(c + skips.pop(), width))
-                stage["attentions"].append(attention(level, width))
+                stage.append(res(c + skips.pop(), width), attention(level, width))
                 c = width
             if level > 0:
-                stage["resample"] = up(c)
+                stage.resample = up(c)
             self.up.append(stage)
 
         self.norm_out = nn.GroupNorm(config.norm_groups, c, config.norm_eps)
         self.conv_out = nn.Conv2d(c, out_channels * self.patch**2, 3, padding=1)
-        nn.init.zeros_(self.conv_out.weight)
-        nn.init.zeros_(self.conv_out.bias)
+        fill_with_zeros(self.conv_out)
 
     def blocks(self) -> list[nn.Module]:
         """What to shard a large network by."""
@@ -143,20 +141,20 @@ class UNet(nn.Module):
         emb = F.silu(self.time_out(F.silu(self.time_in(emb))))
         h = self.conv_in(F.pixel_unshuffle(x, self.patch))
         skips = [h]
-        for stage in self.down:
-            for block, attention in zip(stage["blocks"], stage["attentions"], strict=True):
+        for stage in cast("Iterable[Stage]", self.down):
+            for block, attention in zip(stage.blocks, stage.attentions, strict=True):
                 h = attention(self._run(block, h, emb))
                 skips.append(h)
-            if "resample" in stage:
-                h = stage["resample"](h, emb)
+            if stage.resample is not None:
+                h = stage.resample(h, emb)
                 skips.append(h)
         first, attention, second = self.middle
         h = self._run(second, attention(self._run(first, h, emb)), emb)
-        for stage in self.up:
-            for block, attention in zip(stage["blocks"], stage["attentions"], strict=True):
+        for stage in cast("Iterable[Stage]", self.up):
+            for block, attention in zip(stage.blocks, stage.attentions, strict=True):
                 h = attention(self._run(block, torch.cat([h, skips.pop()], dim=1), emb))
-            if "resample" in stage:
-                h = stage["resample"](h, emb)
+            if stage.resample is not None:
+                h = stage.resample(h, emb)
         h = self.conv_out(F.silu(self.norm_out(h)))
         return F.pixel_shuffle(h, self.patch)
 
@@ -174,6 +172,24 @@ def time_embedding(t: Tensor, dim: int, freq_shift: int = 1) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
+def fill_with_zeros(layer: nn.Module) -> None:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+
+
+class Stage(nn.Module):
+    """The residual blocks of one level, each with its attention, and the way to the next level."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks, self.attentions = nn.ModuleList(), nn.ModuleList()
+        self.resample: nn.Module | None = None
+
+    def append(self, block: nn.Module, attention: nn.Module) -> None:
+        self.blocks.append(block)
+        self.attentions.append(attention)
+
+
 class ResBlock(nn.Module):
     """Two convolutions beside a shortcut; ``resize`` halves or doubles both ways, after the first activation."""
 
@@ -188,8 +204,7 @@ class ResBlock(nn.Module):
         self.norm2, self.conv2 = nn.GroupNorm(groups, c_out, eps), nn.Conv2d(c_out, c_out, 3, padding=1)
         self.dropout = nn.Dropout(config.dropout)
         self.shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
-        nn.init.zeros_(self.conv2.weight)
-        nn.init.zeros_(self.conv2.bias)
+        fill_with_zeros(self.conv2)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.conv1(self.resize(F.silu(self.norm1(x))))
