@@ -80,8 +80,8 @@ def compare(
     requests = save_dir / "requests.jsonl"
     save_requests(requests, sentences, n_samples, seed)
     unguided, faces, pool = (save_dir / name / "pictures.parquet" for name in ("unguided", "faces", "rejection"))
-    beside = {"unguided", "faces", "rejection"} | {method for method, _ in METHODS.values()}
-    methods = METHODS | {name: (name, [PACKAGE[name].weight]) for name in sorted(set(only or []) - beside)}
+    in_table = {"unguided", "faces", "rejection"} | {method for method, _ in METHODS.values()}
+    methods = METHODS | {name: (name, [PACKAGE[name].weight]) for name in sorted(set(only or []) - in_table)}
 
     def is_due(name: str, pictures: Path) -> bool:
         return not pictures.exists() and (only is None or name in only)

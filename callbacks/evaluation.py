@@ -36,7 +36,7 @@ class Evaluation(L.Callback):
         judges: which networks look at the pictures.
         save_dir: the folder to write to.
         overwrite: replace a report that is there.
-        data: its validation pictures are what made ones are compared with; without it there is no FID and KID. Where
+        data: generated pictures are compared with its validation pictures; without it there is no FID and KID. Where
             they have labels, in the order of the first judge's attributes, guided pictures are compared with those
             that their texts are true of. Unguided pictures are compared with all.
 

@@ -1,4 +1,4 @@
-"""The features of the FID's own network."""
+"""Features by the Inception network of FID."""
 
 import torch
 from torch import Tensor, nn

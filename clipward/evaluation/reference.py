@@ -1,4 +1,4 @@
-"""Real pictures that made ones are compared with: all of them, or those with matching attributes."""
+"""Real pictures to compare generated ones with: all of them, or those with matching attributes."""
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -59,9 +59,9 @@ class Reference:
         return self.features if found is None else found
 
     def matching_attributes(self, features: Tensor) -> Tensor | None:
-        """(M, C): pictures with all the attributes of (N, C) made ones, in the same proportions.
+        """(M, C): pictures with the same attributes as (N, C) generated ones, in the same proportions.
 
-        Linear probes find the attributes of the made pictures, whether a text names them or not.
+        Linear probes predict the attributes of the generated pictures, whether a text names them or not.
 
         Returns:
             None where there are no labels, too few pictures to fit the probes, or fewer than two that match.
