@@ -14,8 +14,11 @@ class InputError(ValueError):
 
 def first_line(error: Exception) -> str:
     """What another library's error says first, cut to 100 characters, for a line of our own."""
-    line = str(error).strip().partition("\n")[0].strip() or type(error).__name__
-    return _cut("".join(each if each.isprintable() else "?" for each in line), 100)
+    try:
+        line = str(error).strip().partition("\n")[0].strip()
+    except Exception:  # an error that can't be written
+        line = ""
+    return _cut("".join(each if each.isprintable() else "?" for each in line or type(error).__name__), 100)
 
 
 def shorten(value: object) -> str:

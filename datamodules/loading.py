@@ -1,11 +1,78 @@
-"""How training pictures are served: in an order that depends on the seed and the epoch alone."""
+"""How pictures are served: in an order that depends on the seed and the epoch alone, and never none at all."""
 
+import os
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from clipward.errors import InputError, first_line, shorten
+
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+MOST_PIXELS, MOST_PICTURES, MOST_WORKERS = 2**14, 2**40, 2**10
+
+
+def check_whole(least: int, most: int, **values: Any) -> None:
+    """Check settings of a data module, by name: whole numbers from ``least`` to ``most``.
+
+    Raises:
+        InputError: for the first that is not.
+    """
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise InputError(f"data.{name}: got {shorten(value)}, expected a whole number from {least} to {most}")
+
+
+def check_loading(size: int, batch_size: int, num_workers: int) -> None:
+    """Check what every data module of pictures has: see :func:`check_whole`."""
+    check_whole(1, MOST_PIXELS, size=size)
+    check_whole(1, MOST_PICTURES, batch_size=batch_size)
+    check_whole(0, MOST_WORKERS, num_workers=num_workers)
+
+
+def check_training(count: int, batch_size: int, trainer: L.Trainer | None = None) -> None:
+    """Check that ``count`` pictures make at least one batch on every process.
+
+    Raises:
+        InputError: where training would do nothing.
+    """
+    world = 1 if trainer is None else trainer.world_size
+    share = count // world
+    if share == 0:
+        raise InputError(f"data: got {count} pictures to train on, expected {world} or more, one for each process")
+    if batch_size > share:
+        there = f"{count} pictures to train on" + (f" in {world} processes" if world > 1 else "")
+        raise InputError(f"data.batch_size: got {batch_size}, expected {share} or less, since there are {there}")
+    limit = 1.0 if trainer is None else trainer.limit_train_batches
+    batches = share // batch_size
+    if (limit if isinstance(limit, int) else int(batches * limit)) == 0:
+        raise InputError(f"trainer.limit_train_batches: got {limit}, expected one or more of {batches} batches")
+
+
+def load_from_hub(name: str, field: str, expected: str, **options: Any) -> Any:
+    """``datasets.load_dataset`` for a name that can be one of a data set on the hub.
+
+    Args:
+        name: of the data set.
+        field: the setting that holds it, for errors.
+        expected: what the setting may be, for errors.
+        options: for ``load_dataset``.
+
+    Raises:
+        InputError: where it is a file or a folder, no possible name (then no connection is tried), or not there.
+    """
+    refusal = f"{field}: got {shorten(name)}, expected {expected}"
+    if os.path.lexists(name) or not HUB_NAME.fullmatch(name):
+        raise InputError(refusal)
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(name, **options)
+    except Exception as error:
+        raise InputError(f"{refusal}; the hub gives no such data set ({first_line(error)})") from error
 
 
 def training_loader(
@@ -25,6 +92,21 @@ def training_loader(
     )
 
 
+def validation_loader(pictures: Dataset[dict], batch_size: int, num_workers: int) -> DataLoader:
+    """Batches of all pictures in their order; the last may be smaller."""
+    return _Loader(pictures, batch_size=batch_size, num_workers=num_workers)
+
+
+class _Loader(DataLoader):
+    """A loader whose workers' errors are one line, as those of the process itself are."""
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from super().__iter__()
+        except InputError as error:  # a worker's has its traceback in the message
+            raise InputError(str(error).rpartition("InputError: ")[2].strip()) from error
+
+
 class _Shuffled(DistributedSampler):
     """Yields (position, whether to mirror), a function of seed and epoch; skips what ``skip`` says."""
 
@@ -39,32 +121,40 @@ class _Shuffled(DistributedSampler):
 
 
 class _Mirrored(Dataset[dict]):
-    """Items of (position, whether to mirror)."""
+    """Items of (position, whether to mirror), or of a position alone."""
 
     def __init__(self, pictures: Dataset[dict]) -> None:
         self.pictures = pictures
 
-    def __getitem__(self, drawn: tuple[int, bool]) -> dict:
-        position, mirror = drawn
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, drawn: tuple[int, bool] | int) -> dict:
+        position, mirror = drawn if isinstance(drawn, tuple) else (drawn, False)
         item = self.pictures[position]
         return item | {"image": item["image"].flip(-1)} if mirror else item
 
 
-class _TrainingLoader(DataLoader):
-    """Knows its place within an epoch, which Lightning keeps in checkpoints."""
+class _TrainingLoader(_Loader):
+    """Knows its place within an epoch, which Lightning keeps in checkpoints.
+
+    With ``overfit_batches`` Lightning puts another sampler in: then every epoch starts at the beginning.
+    """
 
     _given = _start = 0
 
     def __iter__(self) -> Iterator[Any]:
         self._given, self._start = self._start, 0
-        self.sampler.skip = self._given * self.batch_size
+        if isinstance(self.sampler, _Shuffled):
+            self.sampler.skip = self._given * self.batch_size
         for batch in super().__iter__():
             self._given += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        return {"seed": self.sampler.seed, "batches": self._given}
+        return {"seed": self.sampler.seed, "batches": self._given} if isinstance(self.sampler, _Shuffled) else {}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.sampler.seed = state["seed"]
-        self._start = state["batches"] % len(self)
+        if isinstance(self.sampler, _Shuffled) and state:
+            self.sampler.seed = state["seed"]
+            self._start = state["batches"] % len(self)

@@ -1,44 +1,40 @@
-"""What ``predict`` reads: requests, each a text, a seed and a weight, dealt to the processes exactly once."""
+"""What ``predict`` reads: requests, dealt to the processes exactly once."""
 
-import json
+import os
 from collections.abc import Iterable, Iterator, Sequence, Set, Sized
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import islice
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 from torch.utils.data import DataLoader, IterableDataset
 
-from clipward.errors import InputError, first_line
+from clipward.datamodules.requests import MOST_SEED, Request, check_seed, check_weight
+from clipward.datamodules.rows import Product, read_prompts, read_rows
+from clipward.errors import InputError, shorten
 
-
-@dataclass(frozen=True)
-class Request:
-    """One picture to make. It depends on what stands here and on the weights, and on nothing beside it."""
-
-    index: int
-    text: str
-    seed: int
-    guidance_weight: float
+MOST_SAMPLES = 2**31 - 1
 
 
 class PromptDataModule(L.LightningDataModule):
     """Requests for every seed × text × weight, numbered with the seeds outermost.
 
     Args:
-        text: sentences that the pictures should obey; none of them gives unguided pictures.
-        guidance_weight: how hard they should; 0 is unguided. A list draws each text with each weight.
+        text: sentences that guide the pictures; without any they are unguided.
+        guidance_weight: how strongly; 0 is unguided. A list draws each text with each weight.
         n_samples: pictures for each text and weight: one for each seed from ``seed`` on.
         seed: the first seed. Pictures of one seed start from the same noise.
         unguided: whether to draw each seed without guidance too, ahead of its texts.
         prompts: where requests stand, in place of ``text``: a ``.txt`` file with a text a line, used as ``text`` is; or
-            rows that have ``text`` and may have ``seed`` and ``guidance_weight``, each a request (``n_samples`` seeds
-            of it where it names no seed): a ``.jsonl`` file, a ``.parquet`` file, a data set on the hub, or in Python
-            what gives dictionaries whenever it is iterated, such as a streaming set of ``datasets``. Rows are never
-            loaded whole.
+            rows that have ``text`` and may have ``seed`` and ``guidance_weight``, and nothing else, each a request
+            (``n_samples`` seeds of it where it names no seed): a ``.jsonl`` file, a ``.parquet`` file, a data set on
+            the hub, or in Python what gives dictionaries whenever it is iterated, such as a streaming set of
+            ``datasets``. Files are checked as a whole first and then read row by row; a stream is checked as it comes.
         micro_batch: pictures that are sampled at once on each device; ``auto`` is as many as fit on a GPU, and 16
             on a CPU.
+
+    Raises:
+        InputError: for a value out of range, and for a file that can't be read or has a row that is no request.
     """
 
     def __init__(
@@ -52,27 +48,27 @@ class PromptDataModule(L.LightningDataModule):
         micro_batch: int | Literal["auto"] = 16,
     ) -> None:
         super().__init__()
-        self.micro_batch = micro_batch
+        self.micro_batch = (
+            micro_batch if micro_batch == "auto" else _check_count("micro_batch", micro_batch, " or auto")
+        )
         self.done: Set[int] = frozenset()
-        weights = [100.0] if guidance_weight is None else guidance_weight
-        for name, value in (("n_samples", n_samples), ("micro_batch", micro_batch)):
-            if value != "auto" and value < 1:
-                raise InputError(f"{name}: {value} given; 1 or more would do")
-        if text and prompts:
-            raise InputError("prompts: both a file and --text given; one of them would do")
+        given = _check_list("guidance_weight", guidance_weight, "numbers", [100.0])
+        weights = [check_weight(weight) for weight in given]
         if not weights:
-            raise InputError("guidance_weight: none given; one or more numbers would do")
-        seeds = range(seed, seed + n_samples)
-        if prompts is None or (isinstance(prompts, str) and Path(prompts).suffix == ".txt"):
-            texts = (text or []) if prompts is None else list(_Lines(Path(prompts)))
-            if prompts is not None and not texts:
-                raise InputError(f"prompts: {prompts} has no text; a sentence a line would do")
-            self.requests: Iterable[Request] = Product(texts, weights, seeds, unguided)
-        elif isinstance(prompts, str) and Path(prompts).suffix == ".jsonl":
-            self.requests = JsonLines(Path(prompts), weights, seeds)
+            raise InputError("guidance_weight: got none, expected one or more numbers")
+        seeds = range(check_seed(seed), check_seed(seed) + _check_count("n_samples", n_samples))
+        if seeds[-1] > MOST_SEED:
+            raise InputError(f"n_samples: got {n_samples}, expected seeds to 2**63 - 1 alone, from {seed} on")
+        texts = _check_list("text", text, "sentences", [])
+        if texts and prompts is not None:
+            raise InputError("prompts: got --text and --prompts, expected one of them")
+        self.requests: Iterable[Request]
+        if prompts is None:
+            self.requests = Product(texts, weights, seeds, unguided)
+        elif isinstance(prompts, str | os.PathLike):
+            self.requests = read_prompts(os.fspath(prompts), weights, seeds, unguided)
         else:
-            rows = _stream(prompts) if isinstance(prompts, str) else prompts
-            self.requests = Rows(rows, weights, seeds)
+            self.requests = read_rows(prompts, weights, seeds)
 
     def predict_dataloader(self) -> DataLoader:
         """This process's share of what is not ``done``."""
@@ -93,89 +89,6 @@ class PromptDataModule(L.LightningDataModule):
         if size == "auto":  # where memory runs out on a GPU, it is halved; a CPU would swap
             size = 256 if self.trainer is not None and self.trainer.strategy.root_device.type == "cuda" else 16
         return DataLoader(Dealt(requests, size, self.done, rank, world), batch_size=None)
-
-
-class Product:
-    """Every seed × (unguided, then text × weight)."""
-
-    def __init__(self, texts: list[str], weights: Sequence[float], seeds: Sequence[int], unguided: bool) -> None:
-        if any(not sentence.strip() for sentence in texts):
-            raise InputError("text: an empty sentence given; leave it out for unguided pictures")
-        plain = [("", 0.0)] if unguided or not texts else []
-        self.seeds, self.cells = seeds, plain + [(sentence, weight) for sentence in texts for weight in weights]
-
-    def __len__(self) -> int:
-        return len(self.seeds) * len(self.cells)
-
-    def __iter__(self) -> Iterator[Request]:
-        cells = ((text, seed, weight) for seed in self.seeds for text, weight in self.cells)
-        return (Request(index, *cell) for index, cell in enumerate(cells))
-
-
-class Rows:
-    """The requests of rows that come one after another, as many as there are.
-
-    Args:
-        rows: mappings with ``text``, and ``seed`` and ``guidance_weight`` where they have their own.
-        weights: of a row that has none.
-        seeds: likewise.
-        source: what the rows are, for an error.
-    """
-
-    def __init__(
-        self, rows: Iterable[Any], weights: Sequence[float], seeds: Sequence[int], source: str = "the data set"
-    ) -> None:
-        self.rows, self.weights, self.seeds, self.source = rows, weights, seeds, source
-
-    def __iter__(self) -> Iterator[Request]:
-        index = 0
-        for number, row in enumerate(self.rows, start=1):
-            try:
-                cells = self._cells(row)
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(
-                    f"prompts: row {number} of {self.source} is no request ({error!r}); "
-                    '{"text": "a man", "seed": 1} would do'
-                ) from error
-            for cell in cells:
-                yield Request(index, *cell)
-                index += 1
-
-    def _cells(self, row: Any) -> list[tuple[str, int, float]]:
-        """The (text, seed, weight) that a row asks for."""
-        row = json.loads(row) if isinstance(row, str) else row
-        text = row["text"]
-        if not isinstance(text, str):
-            raise TypeError(f"its text is {text!r}")
-        weights = self.weights if row.get("guidance_weight") is None else [float(row["guidance_weight"])]
-        seeds = self.seeds if row.get("seed") is None else [int(row["seed"])]
-        return [(text, seed, weight) for seed in seeds for weight in weights]
-
-
-class JsonLines(Rows):
-    """The requests of a file with an object a line, which is read once to check it and then as it is needed."""
-
-    def __init__(self, path: Path, weights: Sequence[float], seeds: Sequence[int]) -> None:
-        super().__init__(_Lines(path), weights, seeds, str(path))
-        self.count = sum(1 for _ in self)
-        if self.count == 0:
-            raise InputError(f"prompts: {path} has no request")
-
-    def __len__(self) -> int:
-        return self.count
-
-
-class _Lines:
-    """The lines of a file that are not empty, read anew by each iterator."""
-
-    def __init__(self, path: Path) -> None:
-        if not path.is_file():
-            raise InputError(f"prompts: there is no file {path}")
-        self.path = path
-
-    def __iter__(self) -> Iterator[str]:
-        with self.path.open(encoding="utf-8") as file:
-            yield from filter(None, map(str.strip, file))
 
 
 class Dealt(IterableDataset):
@@ -217,18 +130,15 @@ class Dealt(IterableDataset):
         return -(-(len(self.requests) - len(self.done)) // (self.micro_batch * self.world))
 
 
-def _stream(name: str) -> Iterable[dict[str, Any]]:
-    """The rows of a parquet file or of a data set on the hub, as ``datasets`` streams them."""
-    from datasets import load_dataset
+def _check_count(name: str, value: Any, other: str = "") -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST_SAMPLES:
+        raise InputError(f"{name}: got {shorten(value)}, expected a whole number from 1 to {MOST_SAMPLES}{other}")
+    return value
 
-    if Path(name).suffix == ".parquet":
-        if not Path(name).is_file():
-            raise InputError(f"prompts: there is no file {name}")
-        return load_dataset("parquet", data_files=name, split="train", streaming=True)
-    try:
-        return load_dataset(name, split="train", streaming=True)
-    except Exception as error:
-        raise InputError(
-            f"prompts: {name} is no .txt, .jsonl or .parquet file, and the hub gives no such data set "
-            f"({first_line(error)})"
-        ) from error
+
+def _check_list(name: str, value: Any, what: str, default: list[Any]) -> list[Any]:
+    if value is None:
+        return default
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise InputError(f"{name}: got {shorten(value)}, expected a list of {what}")
+    return list(value)

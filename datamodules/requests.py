@@ -1,0 +1,97 @@
+"""A request: what one picture is made of, and which values are ones."""
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+from clipward.errors import InputError, list_names, shorten
+
+FIELDS = ("text", "seed", "guidance_weight")
+MOST_SEED = 2**63 - 1  # parquet has no larger whole numbers
+# Control characters but white space, a byte order mark, and halves of characters, which no file can hold.
+FAULTY = re.compile("[\x00-\x08\x0e-\x1f\x7f\ufeff\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One picture to make. It depends on what stands here and on the weights, and on nothing beside it.
+
+    Args:
+        index: its number.
+        text: a sentence that guides; it may be empty where the weight is 0.
+        seed: from 0 to 2**63 − 1.
+        guidance_weight: a finite number; 0 is unguided.
+
+    Raises:
+        InputError: for anything else.
+    """
+
+    index: int
+    text: str
+    seed: int
+    guidance_weight: float
+
+    def __post_init__(self) -> None:
+        for name, value in (
+            ("text", check_text(self.text)),
+            ("seed", check_seed(self.seed)),
+            ("guidance_weight", check_weight(self.guidance_weight)),
+        ):
+            object.__setattr__(self, name, value)
+        if self.guidance_weight and not self.text.strip():
+            raise InputError(
+                f"text: got {shorten(self.text)}, expected a sentence; use guidance_weight 0 for an unguided picture"
+            )
+
+
+def check_text(value: Any) -> str:
+    """A text that any file can hold.
+
+    Raises:
+        InputError: for what is no text, or has control characters, a byte order mark or half a character (a surrogate).
+    """
+    if not isinstance(value, str):
+        raise InputError(f"text: got {shorten(value)}, expected a sentence")
+    found = FAULTY.search(value)
+    if found:
+        raise InputError(f"text: got {shorten(value)}, expected one without the character U+{ord(found.group()):04X}")
+    return str(value)
+
+
+def check_seed(value: Any) -> int:
+    """A seed; whole numbers that a table keeps as 3.0 are taken too.
+
+    Raises:
+        InputError: for what is no whole number from 0 to 2**63 − 1.
+    """
+    whole = isinstance(value, Integral) or (isinstance(value, float) and value.is_integer() and value < 2**53)
+    if not whole or isinstance(value, bool) or not 0 <= value <= MOST_SEED:
+        raise InputError(f"seed: got {shorten(value)}, expected a whole number from 0 to 2**63 - 1")
+    return int(value)
+
+
+def check_weight(value: Any) -> float:
+    """A guidance weight.
+
+    Raises:
+        InputError: for what is no finite number.
+    """
+    try:
+        if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    except OverflowError:  # a whole number that no float can hold
+        pass
+    raise InputError(f"guidance_weight: got {shorten(value)}, expected a finite number")
+
+
+def check_columns(names: Iterable[Any]) -> None:
+    """Raise :class:`InputError` where a row or a table of these keys is no request."""
+    given = list(names)
+    unknown = [name for name in given if name not in FIELDS]
+    if unknown:
+        raise InputError(f"got {list_names(unknown)}, expected no other keys than {', '.join(FIELDS)}")
+    if "text" not in given:
+        raise InputError(f"got {list_names(given) or 'no key'}, expected a text")
