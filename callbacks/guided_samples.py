@@ -18,7 +18,7 @@ from clipward.evaluation.cost import Cost, CostMeter
 from clipward.evaluation.judges import Judges
 from clipward.evaluation.reference import Reference
 from clipward.evaluation.scores import Scores, summarise
-from clipward.guidance.methods import METHODS
+from clipward.guidance.methods import Method
 from clipward.sampler import HasSampler
 
 
@@ -61,9 +61,9 @@ class GuidedSamples(L.Callback):
         self._reference: Reference | None = None
         self._drawn_step = 0
 
-    def list_cells(self, method: str) -> list[Cell]:
+    def list_cells(self, method: Method) -> list[Cell]:
         """The requests: each seed unguided, then each text with each seed."""
-        weight = METHODS[method].weight if self.guidance_weight is None else self.guidance_weight
+        weight = method.weight if self.guidance_weight is None else self.guidance_weight
         unguided = [Cell(seed, "", 0.0) for seed in self.seeds]
         return unguided + [Cell(seed, sentence, weight) for sentence in self.text for seed in self.seeds]
 
@@ -87,7 +87,7 @@ class GuidedSamples(L.Callback):
             return
         self._drawn_step = step
         sampler = pl_module.sampler
-        cells = self.list_cells(sampler.config.method)
+        cells = self.list_cells(sampler.method)
         meter = CostMeter(sampler.network, sampler.models.loaded())
         with isolate_rng(), trainer.precision_plugin.forward_context():
             meter.start()
