@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from clipward.errors import InputError
+from clipward.errors import InputError, shorten
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,9 @@ class UNetConfig:
             TensorFlow code; 1 on all sides.
         freq_shift: the lowest frequency that t is embedded by is 10000^(−(n − 1)/(n − freq_shift)) of n: 1 in Ho et
             al.'s code, 0 in OpenAI's.
+
+    Raises:
+        InputError: where a number is out of its range, or channels do not divide into groups or heads.
     """
 
     image_channels: int = 3
@@ -54,15 +57,27 @@ class UNetConfig:
     freq_shift: Literal[0, 1] = 1
 
     def __post_init__(self) -> None:
+        for name in ("image_channels", "out_channels", "patch", "num_res_blocks", "norm_groups", "head_channels"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"unet.{name}: got {shorten(value)}, expected 1 or more")
+        if not self.channels or min(self.channels) < 1 or self.channels[0] < 4 or self.channels[0] % 2:
+            given = shorten(list(self.channels))
+            raise InputError(f"unet.channels: got {given}, expected numbers above 0, the first even and 4 or more")
+        if not 0 <= self.dropout < 1:
+            raise InputError(f"unet.dropout: got {shorten(self.dropout)}, expected 0 or more, below 1")
+        if self.norm_eps <= 0:
+            raise InputError(f"unet.norm_eps: got {shorten(self.norm_eps)}, expected a number above 0")
         if any(c % self.norm_groups for c in self.channels):
             raise InputError(
-                f"unet.channels: got {list(self.channels)}, expected multiples of norm_groups ({self.norm_groups})"
+                f"unet.channels: got {shorten(list(self.channels))}, expected multiples of norm_groups "
+                f"({shorten(self.norm_groups)})"
             )
         attended = {c for level, c in enumerate(self.channels) if level in self.attention_levels} | {self.channels[-1]}
         if self.head_channels is not None and any(c % self.head_channels for c in attended):
             raise InputError(
-                f"unet.head_channels: got {self.head_channels}, expected a divisor of {sorted(attended)}, the channels "
-                "with attention"
+                f"unet.head_channels: got {shorten(self.head_channels)}, expected a divisor of "
+                f"{shorten(sorted(attended))}, the channels with attention"
             )
 
     @property

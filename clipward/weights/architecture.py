@@ -8,8 +8,15 @@ from torch import Tensor, nn
 
 from clipward.diffusion.denoiser import Parametrisation, VarType
 from clipward.diffusion.schedule import Betas, Schedule, ScheduleName
-from clipward.errors import InputError
+from clipward.errors import InputError, shorten
 from clipward.networks.unet import UNetConfig
+from clipward.weights.fields import parse_dataclass
+
+# fields that the first files did not have, whose defaults are what those files mean
+ADDED_LATER = {
+    *("betas", "var_type", "clip_denoised"),
+    *("head_channels", "scale_shift_norm", "resblock_updown", "downsample_padding", "freq_shift"),
+}
 
 
 @dataclass(frozen=True)
@@ -21,11 +28,14 @@ class Architecture:
         image_size: height and width of the pictures it makes.
         schedule: ᾱ_t by name.
         num_timesteps: T, the number of noise levels.
-        betas: the first and the last β of the schedule, where it has no own.
+        betas: the first and the last β of the schedule; cosine has its own.
         parametrisation: what the network puts out.
         var_type: the variance that it is sampled with by default: the learned one where the network has one, else
             the small one.
         clip_denoised: whether x̂0 is clamped to [-1, 1] at every step by default.
+
+    Raises:
+        InputError: where a number is out of its range.
     """
 
     unet: UNetConfig = field(default_factory=UNetConfig)
@@ -39,8 +49,11 @@ class Architecture:
 
     def __post_init__(self) -> None:
         stride = self.unet.stride
-        if self.image_size % stride:
-            raise InputError(f"image_size: got {self.image_size}, expected a multiple of {stride} for this U-Net")
+        if self.image_size < 1 or self.image_size % stride:
+            given = shorten(self.image_size)
+            raise InputError(f"image_size: got {given}, expected a multiple of {shorten(stride)} for this U-Net")
+        if self.num_timesteps < 1:
+            raise InputError(f"num_timesteps: got {shorten(self.num_timesteps)}, expected 1 or more")
         if self.var_type is None:
             object.__setattr__(self, "var_type", "learned_range" if self.unet.learns_variance else "fixed_small")
 
@@ -57,11 +70,13 @@ class Architecture:
         return json.loads(json.dumps(asdict(self)))
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Architecture":
-        values, unet = (
-            {k: tuple(v) if isinstance(v, list) else v for k, v in d.items()} for d in (values, values["unet"])
-        )
-        return cls(**{**values, "unet": UNetConfig(**unet)})
+    def from_dict(cls, values: Any) -> "Architecture":
+        """What :meth:`to_dict` gave, perhaps by an earlier version.
+
+        Raises:
+            InputError: where a field is missing, unknown or of another type, by its name.
+        """
+        return parse_dataclass(cls, values, "architecture", optional=ADDED_LATER)
 
     def difference(self, other: "Architecture") -> str:
         """The first thing that ``other`` has another value of, or nothing."""
@@ -85,11 +100,10 @@ class Weights:
         own = network.state_dict()
         for name in sorted({*own, *self.state}):
             if name not in self.state:
-                raise InputError(f"weights: got no key {name}, expected one of shape {tuple(own[name].shape)}")
+                raise InputError(f"weights: got no key {name!r}, expected one of shape {tuple(own[name].shape)}")
             if name not in own:
-                shape = tuple(self.state[name].shape)
-                raise InputError(f"weights: got the key {name} of shape {shape}, expected no such key for this network")
+                raise InputError(f"weights: got the key {shorten(name)}, expected no such key for this network")
             if own[name].shape != self.state[name].shape:
-                given, wanted = tuple(self.state[name].shape), tuple(own[name].shape)
-                raise InputError(f"weights: got the key {name} of shape {given}, expected {wanted}")
+                given, wanted = shorten(tuple(self.state[name].shape)), tuple(own[name].shape)
+                raise InputError(f"weights: got the key {name!r} of shape {given}, expected {wanted}")
         network.load_state_dict(self.state)

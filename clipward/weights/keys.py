@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clipward.errors import InputError
+from clipward.errors import InputError, shorten
 from clipward.networks.unet import UNet, UNetConfig
 
 State = Mapping[str, Tensor]
@@ -55,12 +55,12 @@ def remap_state(state: State, config: UNetConfig, naming: Naming, sines_first: b
         if joint:
             shape = (3 * shape[0], *shape[1:])
         if theirs not in state:
-            raise InputError(f"weights: got no key {theirs}, expected one of shape {shape}")
+            raise InputError(f"weights: got no key {theirs!r}, expected one of shape {shape}")
         value = state[theirs]
         pointwise = value.shape[2:] if parameter.ndim == 2 and value.shape[2:].numel() == 1 else ()
         if value.shape != (*shape, *pointwise):
-            given, expected = tuple(value.shape), (*shape, *pointwise)
-            raise InputError(f"weights: got the key {theirs} of shape {given}, expected {expected}")
+            given, expected = shorten(tuple(value.shape)), (*shape, *pointwise)
+            raise InputError(f"weights: got the key {theirs!r} of shape {given}, expected {expected}")
         value = value.reshape(shape)
         if joint:
             value = _part_of_qkv(value, name.split(".")[-2], config.head_channels)
@@ -69,8 +69,7 @@ def remap_state(state: State, config: UNetConfig, naming: Naming, sines_first: b
         ours[name] = value.float().contiguous()
     extra = sorted(set(state) - {rename_key(name, naming) for name in wanted})
     if extra:
-        shape = tuple(state[extra[0]].shape)
-        raise InputError(f"weights: got the key {extra[0]} of shape {shape}, expected no such key for this network")
+        raise InputError(f"weights: got the key {shorten(extra[0])}, expected no such key for this network")
     return ours
 
 
@@ -100,10 +99,10 @@ def infer_config(state: State, naming: Naming, **family: Any) -> UNetConfig:
     def shape(name: str) -> torch.Size:
         theirs = rename_key(name, naming)
         if theirs not in state:
-            raise InputError(f"weights: got no key {theirs}, expected a network of residual blocks")
+            raise InputError(f"weights: got no key {theirs!r}, expected a network of residual blocks")
         if state[theirs].ndim < 2:
             found = tuple(state[theirs].shape)
-            raise InputError(f"weights: got the key {theirs} of shape {found}, expected the weight of a layer")
+            raise InputError(f"weights: got the key {theirs!r} of shape {found}, expected the weight of a layer")
         return state[theirs].shape
 
     def has(name: str) -> bool:

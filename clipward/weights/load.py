@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from safetensors.torch import save_file
 
-from clipward.errors import InputError
+from clipward.errors import InputError, list_names, shorten
 from clipward.files import atomic_write, locate, read_safetensors, to_storable
 from clipward.weights import diffusers, openai, pesser, xyfjason
 from clipward.weights.architecture import Architecture, Weights
@@ -72,7 +72,9 @@ def load_weights(source: str | Path, use_ema: bool = True, head_channels: int | 
     if path.suffix == ".safetensors" or _is_safetensors(path):
         metadata, state = read_safetensors(path, "weights")
         if metadata.get("format") == FORMAT:
-            return Weights(Architecture.from_dict(json.loads(metadata["architecture"])), state)
+            return Weights(_parse_header(metadata), state)
+        if metadata.get("format", "").startswith("clipward-"):
+            raise InputError(f"weights: got a file of format {shorten(metadata['format'])}, expected {FORMAT}")
     else:
         content = unpickle(path)
         if isinstance(content, dict) and "architecture" in content:
@@ -80,35 +82,56 @@ def load_weights(source: str | Path, use_ema: bool = True, head_channels: int | 
         state = find_state(path, content, use_ema)
     project = next((project for project in PROJECTS if project.matches(state)), None)
     if project is None:
-        keys, known = ", ".join(list(state)[:3]), ", ".join(project.NAME for project in PROJECTS)
-        raise InputError(f"weights: got the keys {keys} …, expected those of a network by {known}")
+        known = list_names(project.NAME for project in PROJECTS)
+        raise InputError(f"weights: got the keys {list_names(state, 3)}, expected those of a network by {known}")
     return project.from_state(state, path, head_channels)
 
 
 def _find_file(source: str | Path) -> Path:
     path = locate(source)
-    if not path.exists() and diffusers.HUB_NAME.fullmatch(str(source)):
+    if not _exists(path) and diffusers.HUB_NAME.fullmatch(str(source)):
         path = diffusers.download(str(source))
-    if path.is_dir():
-        own = path / "ddpm.safetensors"
-        file = own if own.is_file() else diffusers.find_file(path)
-        if file is None:
-            raise InputError(
-                f"weights: got the folder {path}, expected one with ddpm.safetensors, or with diffusers' config.json "
-                "and diffusion_pytorch_model"
-            )
-        return file
-    if not path.is_file():
-        raise InputError(f"weights: there is no file {source}")
-    return path
+    if not _exists(path):
+        raise InputError(f"weights: there is no file {shorten(source)}")
+    if path.is_file():
+        return path
+    own = path / "ddpm.safetensors"
+    file = own if own.is_file() else diffusers.find_file(path)
+    if file is None:
+        raise InputError(
+            f"weights: got the folder {shorten(path)}, expected one with ddpm.safetensors, or with diffusers' "
+            "config.json and diffusion_pytorch_model"
+        )
+    return file
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long, a folder that is closed
+        return False
 
 
 def _is_safetensors(path: Path) -> bool:
     return path.open("rb").read(9)[8:] == b"{"
 
 
+def _parse_header(metadata: dict[str, str]) -> Architecture:
+    try:
+        values = json.loads(metadata["architecture"])
+    except KeyError as error:
+        raise InputError("weights: got no architecture in the file's header, expected one as JSON") from error
+    except ValueError as error:
+        given = shorten(metadata["architecture"])
+        raise InputError(f"weights: got {given} for architecture in the file's header, expected JSON") from error
+    return Architecture.from_dict(values)
+
+
 def _from_checkpoint(content: dict[str, Any], use_ema: bool) -> Weights:
     """From a checkpoint of ours, which keeps the averaged weights where Lightning looks for the network's."""
-    state = content["state_dict" if use_ema else "current_model_state"]
+    place = "state_dict" if use_ema else "current_model_state"
+    state = content.get(place)
+    if not isinstance(state, dict):
+        raise InputError(f"weights: got no {place} in the checkpoint, expected the parameters by name")
     state = {name.removeprefix("unet."): value for name, value in state.items() if name.startswith("unet.")}
     return Weights(Architecture.from_dict(content["architecture"]), state)

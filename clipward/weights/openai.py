@@ -2,10 +2,11 @@
 
 A state does not say its schedule, which is the published one: linear β from 1e-4 to 0.02, T = 1000, predicted noise.
 
-Nor do its shapes say how attention is split into heads. The published networks have heads of 64 channels. A network
-that was trained with other settings (``num_head_channels``, ``num_heads``) needs ``head_channels``, and ``convert
---head_channels`` writes a file that holds it. A network that was trained with ``use_new_attention_order`` has the same
-names and shapes, but another order of query, key and value: it cannot be recognised, and gives wrong pictures.
+Nor do its shapes say how attention is split into heads. The published networks have heads of 64 channels. One that was
+trained with another ``num_head_channels`` needs it as ``head_channels``; ``convert --head_channels`` writes a file that
+holds it. Ours cannot be a network with ``num_heads``, whose heads have another width on each level, or with
+``use_new_attention_order``, which orders query, key and value differently. Their files look the same: they cannot be
+recognised, and give wrong pictures.
 """
 
 from collections.abc import Sequence
@@ -40,12 +41,12 @@ def from_state(state: State, path: Path, head_channels: int | None = None) -> We
     num_res_blocks = min(last, default=max(blocks - 1, 0))  # the last block of a level leads to the next
     levels = blocks // (num_res_blocks + 1)
     attended = [i for i in range(levels) if f"input_blocks.{1 + i * (num_res_blocks + 1)}.1.qkv.weight" in state]
-    naming = naming_of(levels, num_res_blocks, attended)
+    naming = make_naming(levels, num_res_blocks, attended)
     unet = infer_config(state, naming, **FAMILY, head_channels=head_channels or 64)
     return Weights(Architecture(unet, 8 * 2 ** (levels - 1)), remap_state(state, unet, naming, sines_first=False))
 
 
-def naming_of(levels: int, num_res_blocks: int, attended: Sequence[int]) -> Naming:
+def make_naming(levels: int, num_res_blocks: int, attended: Sequence[int]) -> Naming:
     """From our names to theirs, which number the blocks of all levels in one list.
 
     Args:

@@ -23,12 +23,12 @@ def from_state(state: State, path: Path, head_channels: int | None = None) -> We
     Raises:
         InputError: where a key is missing, extra or of another shape.
     """
-    naming = naming_of(count_keys(state, "down.{}.block.0.conv1.weight"))
+    naming = make_naming(count_keys(state, "down.{}.block.0.conv1.weight"))
     unet = infer_config(state, naming, **FAMILY | ({"head_channels": head_channels} if head_channels else {}))
     return Weights(Architecture(unet, infer_image_size(unet)), remap_state(state, unet, naming))
 
 
-def naming_of(levels: int) -> Naming:
+def make_naming(levels: int) -> Naming:
     """From our names to theirs, which count the levels of the way up from the finest too."""
     ups = [(f"up.{i}", f"up.{levels - 1 - i}") for i in range(levels)]
     return [

@@ -36,12 +36,12 @@ def from_state(state: State, path: Path, head_channels: int | None = None) -> We
     levels = count_keys(state, "down_blocks.{}.0.blk1.0.weight")
     attended = [i for i in range(levels) if f"down_blocks.{i}.1.q.weight" in state]
     num_res_blocks = sum(name.startswith("down_blocks.0.") and name.endswith(".blk1.0.weight") for name in state)
-    naming = naming_of(levels, num_res_blocks, attended)
+    naming = make_naming(levels, num_res_blocks, attended)
     unet = infer_config(state, naming, **FAMILY, head_channels=head_channels)
     return Weights(Architecture(unet, infer_image_size(unet)), remap_state(state, unet, naming))
 
 
-def naming_of(levels: int, num_res_blocks: int, attended: Sequence[int]) -> Naming:
+def make_naming(levels: int, num_res_blocks: int, attended: Sequence[int]) -> Naming:
     """From our names to theirs, which number blocks, attentions and the convolution after them in one list a level.
 
     Args:
