@@ -2,6 +2,7 @@ import json
 import shutil
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from conftest import randomise
@@ -16,7 +17,7 @@ from clipward.errors import InputError
 from clipward.networks.unet import UNet, UNetConfig
 from clipward.weights.architecture import Architecture, Weights
 from clipward.weights.diffusers import save_diffusers
-from clipward.weights.load import load_weights, save_weights
+from clipward.weights.load import PROJECTS, load_weights, save_weights
 
 Layout = Pesser | OpenAI | Xyfjason
 T = torch.tensor([0, 17, 999])
@@ -135,6 +136,7 @@ def xyfjason_files(folder: Path) -> tuple[dict, dict]:
         "other/model.pt": dict(list(raw.items())[:-1]),
         "lightning.ckpt": {"state_dict": raw},
         "bare.pt": raw,
+        "unknown.pt": {"model": raw, "ema": {"online": average, "step": 7}},
     }.items():
         (folder / name).parent.mkdir(exist_ok=True)
         torch.save(content, folder / name)
@@ -155,6 +157,7 @@ def xyfjason_files(folder: Path) -> tuple[dict, dict]:
         ("apart_list/ema.pt", True, True),
         ("lightning.ckpt", True, False),
         ("bare.pt", True, False),
+        ("unknown.pt", False, False),
     ],
 )
 def test_the_documents_own_files_are_read_as_they_came(
@@ -176,11 +179,12 @@ def test_the_documents_own_files_are_read_as_they_came(
         (
             "alone/ema.pt",
             True,
-            "got averaged weights without names in .*ema.pt; put the model.pt of the same run beside",
+            "got averaged weights without names in .*ema.pt'; put model.pt of the same run beside",
         ),
-        ("other/ema.pt", True, "got averaged weights without names in .*ema.pt, expected the shapes of model"),
-        ("apart/ema.pt", False, "got .*ema.pt with averaged weights alone; use --use_ema true"),
-        ("alone/ema.pt", False, "got .*ema.pt with averaged weights alone; use --use_ema true"),
+        ("other/ema.pt", True, "got averaged weights without names in .*ema.pt', expected the shapes of model"),
+        ("unknown.pt", True, "got an ema in .*unknown.pt' that is no dictionary of tensors; use --use_ema false"),
+        ("apart/ema.pt", False, "got .*ema.pt' with averaged weights alone; use --use_ema true"),
+        ("alone/ema.pt", False, "got .*ema.pt' with averaged weights alone; use --use_ema true"),
     ],
 )
 def test_averaged_weights_that_cannot_be_read_are_refused(
@@ -222,6 +226,7 @@ def test_a_diffusers_folder_computes_the_same(place: str, tmp_path: Path) -> Non
         {"beta_schedule": "scaled_linear", "beta_start": 0.001, "beta_end": 0.03, "num_train_timesteps": 200},
         {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction", "clip_sample": False},
         {"prediction_type": "sample", "variance_type": "fixed_large"},
+        {"variance_type": "fixed_small_log"},
     ],
 )
 def test_the_schedulers_settings_are_obeyed(scheduler: dict, tmp_path: Path) -> None:
@@ -291,6 +296,120 @@ def test_our_safetensors_keep_every_bit(tmp_path: Path) -> None:
 # refused
 
 
+LEFT_OUT = object()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("schedule", "sigmoid", "got 'sigmoid' for architecture.schedule, expected linear, scaled_linear or cosine"),
+        ("schedule", "x" * 10_000, "got 'xxx"),
+        ("schedule", LEFT_OUT, "got no architecture.schedule, expected linear, scaled_linear or cosine"),
+        ("parametrisation", "score", "got 'score' for architecture.parametrisation, expected eps, x0 or v"),
+        (
+            "var_type",
+            "learned",
+            "got 'learned' for architecture.var_type, expected fixed_small, fixed_large or learned",
+        ),
+        ("image_size", "16", "got '16' for architecture.image_size, expected a whole number"),
+        ("image_size", True, "got True for architecture.image_size, expected a whole number"),
+        ("num_timesteps", 1.5, "got 1.5 for architecture.num_timesteps, expected a whole number"),
+        ("num_timesteps", None, "got None for architecture.num_timesteps, expected a whole number"),
+        ("betas", [1e-4], "got [0.0001] for architecture.betas, expected a list of 2 numbers"),
+        ("betas", [1e-4, "x"], "got [0.0001, 'x'] for architecture.betas, expected a list of 2 numbers"),
+        ("clip_denoised", 1, "got 1 for architecture.clip_denoised, expected true or false"),
+        ("colour", "red", "got 'colour' in architecture, which this version lacks; use a newer one"),
+        ("x" * 10_000, 1, "got 'xxx"),
+        ("unet", [64], "got [64] for architecture.unet, expected a dictionary"),
+        ("unet", LEFT_OUT, "got no architecture.unet, expected a dictionary"),
+        ("unet.channels", 64, "got 64 for architecture.unet.channels, expected a list of whole numbers"),
+        ("unet.channels", LEFT_OUT, "got no architecture.unet.channels, expected a list of whole numbers"),
+        ("unet.norm_eps", float("nan"), "got nan for architecture.unet.norm_eps, expected a number"),
+        ("unet.freq_shift", 2, "got 2 for architecture.unet.freq_shift, expected 0 or 1"),
+        ("unet.head_channels", "64", "got '64' for architecture.unet.head_channels, expected a whole number or null"),
+        ("unet.depth", 4, "got 'depth' in architecture.unet, which this version lacks; use a newer one"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_a_damaged_header_is_refused_by_its_field(field: str, value: object, message: str, tmp_path: Path) -> None:
+    header = Architecture(UNetConfig(channels=(32,)), 16).to_dict()
+    part = header["unet"] if field.startswith("unet.") else header
+    part[field.removeprefix("unet.")] = value
+    if value is LEFT_OUT:
+        del part[field.removeprefix("unet.")]
+    metadata = {"format": "clipward-ddpm-1", "architecture": json.dumps(header)}
+    save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors", metadata)
+    with pytest.raises(InputError) as raised:
+        load_weights(tmp_path / "a.safetensors")
+    assert str(raised.value).startswith(f"weights: {message}")
+    assert len(str(raised.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"image_size": 20}, "image_size: got 20, expected a multiple of 32 for this U-Net"),
+        ({"image_size": 0}, "image_size: got 0, expected a multiple of 32 for this U-Net"),
+        ({"num_timesteps": 0}, "num_timesteps: got 0, expected 1 or more"),
+    ],
+)
+def test_an_architecture_out_of_range_is_refused(settings: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Architecture(**settings)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"format": "clipward-ddpm-1"}, "got no architecture in the file's header"),
+        (
+            {"format": "clipward-ddpm-1", "architecture": "{"},
+            "got '{' for architecture in the file's header, expected JSON",
+        ),
+        ({"format": "clipward-ddpm-1", "architecture": "3"}, "got 3 for architecture, expected a dictionary"),
+        ({"format": "clipward-classifier-1"}, "got a file of format 'clipward-classifier-1', expected clipward-ddpm-1"),
+    ],
+)
+def test_a_file_with_another_header_is_refused(metadata: dict[str, str], message: str, tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors", metadata)
+    with pytest.raises(InputError, match=f"^weights: {message}"):
+        load_weights(tmp_path / "a.safetensors")
+
+
+def test_a_header_of_the_first_version_has_todays_defaults() -> None:
+    unet = {"image_channels": 3, "out_channels": None, "patch": 2, "channels": [48, 80], "num_res_blocks": 1}
+    unet |= {"attention_levels": [1], "dropout": 0.0, "norm_groups": 16, "norm_eps": 1e-06}
+    header = {"unet": unet, "image_size": 64, "schedule": "cosine", "num_timesteps": 1000, "parametrisation": "v"}
+    config = UNetConfig(patch=2, channels=(48, 80), num_res_blocks=1, attention_levels=(1,), norm_groups=16)
+    assert Architecture.from_dict(header) == Architecture(config, 64, "cosine", parametrisation="v")
+
+
+@pytest.mark.parametrize("use_ema", [True, False])
+def test_a_checkpoint_without_its_parameters_is_refused(use_ema: bool, tmp_path: Path) -> None:
+    torch.save({"architecture": Architecture().to_dict(), "epoch": 3}, tmp_path / "last.ckpt")
+    with pytest.raises(InputError, match=r"^weights: got no (state_dict|current_model_state) in the checkpoint"):
+        load_weights(tmp_path / "last.ckpt", use_ema)
+
+
+@pytest.mark.parametrize("layout", [Pesser(), OpenAI(), Xyfjason()], ids=lambda layout: type(layout).__name__)
+@pytest.mark.parametrize("kept", [1, 4, 6, 20, -1])
+def test_a_part_of_a_state_is_refused(layout: Layout, kept: int, tmp_path: Path) -> None:
+    torch.save(dict(list(layout.make().items())[:kept]), tmp_path / "x.pt")
+    with pytest.raises(InputError, match=r"^weights: got"):
+        load_weights(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("layout", [Pesser(), OpenAI(), Xyfjason()], ids=lambda layout: type(layout).__name__)
+def test_a_state_of_odd_shapes_is_refused(layout: Layout, tmp_path: Path) -> None:
+    state = layout.make()
+    project = next(project for project in PROJECTS if project.matches(state))
+    for name in [*list(state)[:8], *list(state)[8::13], *list(state)[-4:]]:
+        for shape in ((), (3,), (0, 3), (48, 3, 3, 3)):
+            if state[name].shape != shape:
+                with pytest.raises(InputError):
+                    project.from_state(state | {name: torch.zeros(shape)}, tmp_path)
+
+
 def test_a_state_with_a_wrong_key_is_refused_by_its_own_name(tmp_path: Path) -> None:
     file = tmp_path / "x.pt"
     for layout, name in (
@@ -305,13 +424,13 @@ def test_a_state_with_a_wrong_key_is_refused_by_its_own_name(tmp_path: Path) -> 
         given = (1, *shape[1:])
         with pytest.raises(InputError) as raised:
             load_weights(file)
-        assert str(raised.value) == f"weights: got the key {name} of shape {given}, expected {shape}"
+        assert str(raised.value) == f"weights: got the key {name!r} of shape {given}, expected {shape}"
         torch.save({key: value for key, value in state.items() if key != name}, file)
         with pytest.raises(InputError) as raised:
             load_weights(file)
-        assert str(raised.value) == f"weights: got no key {name}, expected one of shape {shape}".replace(", 1)", ")")
+        assert str(raised.value) == f"weights: got no key {name!r}, expected one of shape {shape}".replace(", 1)", ")")
         torch.save(state | {"label_emb.weight": torch.zeros(10, 4)}, file)
-        with pytest.raises(InputError, match=r"the key label_emb.weight of shape \(10, 4\), expected no such key"):
+        with pytest.raises(InputError, match=r"got the key 'label_emb.weight', expected no such key"):
             load_weights(file)
 
 
@@ -326,13 +445,13 @@ def test_a_cut_or_foreign_file_is_refused(tmp_path: Path) -> None:
     sound = (tmp_path / "x.pt").read_bytes()
     for content in (b"", b"hello", sound[: len(sound) // 2], sound[:-100]):
         (tmp_path / "y.pt").write_bytes(content)
-        with pytest.raises(InputError, match=r"y\.pt is .*damaged"):
+        with pytest.raises(InputError, match=r"got .*y\.pt\', which is .*damaged"):
             load_weights(tmp_path / "y.pt")
     torch.save({"a": torch.zeros(2), "b": torch.zeros(2)}, tmp_path / "z.pt")
-    with pytest.raises(InputError, match="got the keys a, b …, expected those of a network by diffusers, pesser/"):
+    with pytest.raises(InputError, match="got the keys a, b, expected those of a network by diffusers, pesser/"):
         load_weights(tmp_path / "z.pt")
     torch.save({"step": 3}, tmp_path / "z.pt")
-    with pytest.raises(InputError, match="got no dictionary of tensors"):
+    with pytest.raises(InputError, match=r"got no tensors in .*, expected a dictionary, bare or under"):
         load_weights(tmp_path / "z.pt")
     with pytest.raises(InputError, match=r"there is no file .*nowhere"):
         load_weights(tmp_path / "nowhere")
@@ -341,41 +460,176 @@ def test_a_cut_or_foreign_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_name_that_the_hub_lacks_is_refused() -> None:
-    with pytest.raises(InputError, match="nobody/nothing is no file or folder, and the hub gives no such model"):
+    with pytest.raises(
+        InputError, match="got 'nobody/nothing', which is no file or folder, and the hub gives no such model"
+    ):
         load_weights("nobody/nothing")
 
 
+@pytest.fixture(scope="module")
+def saved_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pipeline")
+    tiny_diffusers(folder)
+    return folder
+
+
+def write_setting(path: Path, setting: str, value: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | {setting: value}))
+
+
 @pytest.mark.parametrize(
-    ("file", "setting", "value", "message"),
+    ("setting", "value", "message"),
     [
-        ("unet", "act_fn", "relu", "got act_fn 'relu' in config.json, expected 'silu'"),
         (
-            "unet",
+            "_class_name",
+            "UNet2DConditionModel",
+            "got _class_name 'UNet2DConditionModel' in config.json, expected UNet2DM",
+        ),
+        ("act_fn", "relu", "got act_fn 'relu' in config.json, expected silu, swish"),
+        ("center_input_sample", True, "got center_input_sample true in config.json, expected false"),
+        ("num_class_embeds", 10, "got num_class_embeds 10 in config.json, expected null"),
+        ("mid_block_type", None, "got mid_block_type null in config.json, expected UNetMidBlock2D"),
+        (
+            "resnet_time_scale_shift",
+            "ada_group",
+            "got resnet_time_scale_shift 'ada_group' in config.json, expected defa",
+        ),
+        (
+            "resnet_time_scale_shift",
+            "scale_shift",
+            "got attn_norm_num_groups null in config.json, expected norm_num_gro",
+        ),
+        ("attn_norm_num_groups", 16, "got attn_norm_num_groups 16 in config.json, expected norm_num_groups, 32"),
+        (
             "down_block_types",
-            ["SkipDownBlock2D", "DownBlock2D"],
-            "got 'SkipDownBlock2D' among down_block_types",
+            ["DownBlock2D", "SkipDownBlock2D"],
+            "got down_block_types 'SkipDownBlock2D' in config.json",
         ),
-        ("unet", "num_class_embeds", 10, "num_class_embeds 10"),
-        ("unet", "block_out_channels", None, "got no block_out_channels in config.json"),
+        ("down_block_types", "DownBlock2D", "got down_block_types 'DownBlock2D' in config.json, expected a list of 2"),
         (
-            "scheduler",
-            "beta_schedule",
-            "sigmoid",
-            "got beta_schedule 'sigmoid' in scheduler_config.json, expected one of linear",
+            "up_block_types",
+            ["UpBlock2D"] * 2,
+            "got up_block_types ['UpBlock2D', 'UpBlock2D'] in config.json, expected at",
         ),
-        ("scheduler", "trained_betas", [0.1, 0.2], "got trained_betas"),
-        ("scheduler", "clip_sample_range", 2.0, "clip_sample_range 2.0"),
+        ("up_block_types", ["UpBlock2D"], "got up_block_types ['UpBlock2D'] in config.json, expected a list of 2"),
+        (
+            "upsample_type",
+            "resnet",
+            "got down_block_types ['DownBlock2D', 'AttnDownBlock2D'] in config.json, expected one",
+        ),
+        ("block_out_channels", [32, 64, 64], "got down_block_types ['DownBlock2D', 'AttnDownBlock2D'] in config.json"),
+        (
+            "block_out_channels",
+            [32, "64"],
+            "got [32, '64'] for block_out_channels in config.json, expected a list of wh",
+        ),
+        ("freq_shift", 2, "got 2 for freq_shift in config.json, expected 0 or 1"),
+        ("sample_size", [16, 32], "got [16, 32] for sample_size in config.json, expected a whole number"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_diffusers_network_that_ours_cannot_be_is_refused_by_setting(
+    setting: str, value: object, message: str, saved_pipeline: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(saved_pipeline, tmp_path / "pipe")
+    write_setting(tmp_path / "pipe/unet/config.json", setting, value)
+    with pytest.raises(InputError) as raised:
+        load_weights(tmp_path / "pipe")
+    assert str(raised.value).startswith(f"weights: {message}")
+
+
+REFUSED = (
+    "FlowMatchEulerDiscrete",
+    "EDMEuler",
+    "ScoreSdeVe",
+    "CMStochasticIterative",
+    "IPNDM",
+    "KarrasVe",
+    "VQDiffusion",
+)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "expected"),
+    [
+        *(("_class_name", f"{name}Scheduler", "DDPMScheduler, DDPMParallelScheduler") for name in REFUSED),
+        ("beta_schedule", "sigmoid", "linear, scaled_linear, squaredcos_cap_v2"),
+        ("beta_schedule", "x" * 10_000, "linear"),
+        ("prediction_type", "flow_prediction", "epsilon, sample, v_prediction"),
+        ("variance_type", "learned", "fixed_small, fixed_large, learned_range"),
+        ("trained_betas", [0.1, 0.2], "null"),
+        ("trained_betas", [0.1] * 1000, "null"),
+        ("rescale_betas_zero_snr", True, "false"),
+        ("thresholding", True, "false"),
+        ("use_flow_sigmas", True, "false"),
+        ("timestep_type", "continuous", "discrete"),
+        ("clip_sample_range", 2.0, "1"),
+        ("num_train_timesteps", "many", "a whole number"),
+        ("beta_end", None, "a number"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_diffusers_scheduler_that_ours_cannot_be_is_refused_by_setting(
+    setting: str, value: object, expected: str, saved_pipeline: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(saved_pipeline, tmp_path / "pipe")
+    write_setting(tmp_path / "pipe/scheduler/scheduler_config.json", setting, value)
+    with pytest.raises(InputError) as raised:
+        load_weights(tmp_path / "pipe")
+    got, wanted = str(raised.value).split(f" in scheduler_config.json, expected {expected}")
+    assert got.startswith("weights: got ")
+    assert setting in got
+    assert max(len(got), len(wanted)) < 150
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("DDPMParallel", "DDIM", "DDIMParallel", "PNDM", "DPMSolverMultistep", "DPMSolverSinglestep"),
+        *("DEISMultistep", "UniPCMultistep", "EulerDiscrete", "EulerAncestralDiscrete"),
     ],
 )
-def test_a_diffusers_setting_that_is_not_ours_is_refused(
-    file: str, setting: str, value: object, message: str, tmp_path: Path
+@pytest.mark.parametrize("settings", [{}, {"beta_schedule": "squaredcos_cap_v2"}], ids=["defaults", "cosine"])
+def test_a_scheduler_that_differs_in_sampling_alone_gives_its_schedule(
+    name: str, settings: dict, saved_pipeline: Path, tmp_path: Path
 ) -> None:
-    tiny_diffusers(tmp_path)
-    path = next((tmp_path / file).glob("*config.json"))
-    config = json.loads(path.read_text()) | {setting: value}
-    path.write_text(json.dumps({name: setting for name, setting in config.items() if setting is not None}))
-    with pytest.raises(InputError, match=message.replace("(", r"\(")):
-        load_weights(tmp_path)
+    shutil.copytree(saved_pipeline, tmp_path / "pipe")
+    theirs = getattr(diffusers, f"{name}Scheduler")(**settings)
+    theirs.save_pretrained(tmp_path / "pipe/scheduler")
+    ours = load_weights(tmp_path / "pipe").architecture
+    torch.testing.assert_close(ours.noise_schedule().alpha_bar.float(), theirs.alphas_cumprod, atol=1e-5, rtol=1e-3)
+    assert ours.clip_denoised == getattr(theirs.config, "clip_sample", False)
+    assert (ours.parametrisation, ours.variance) == ("eps", "fixed_small")
+
+
+def test_blocks_may_have_their_first_names(saved_pipeline: Path, tmp_path: Path) -> None:
+    shutil.copytree(saved_pipeline, tmp_path / "pipe")
+    for way in ("down", "up"):
+        config, setting = tmp_path / "pipe/unet/config.json", f"{way}_block_types"
+        write_setting(config, setting, [f"UNetRes{name}" for name in json.loads(config.read_text())[setting]])
+    assert load_weights(tmp_path / "pipe").architecture == load_weights(saved_pipeline).architecture
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("scheduler/scheduler_config.json", "[1]", r"got \[1\] for .*, expected a dictionary"),
+        ("unet/config.json", "null", "got None for .*, expected a dictionary"),
+        ("unet/config.json", "{", "is no JSON"),
+        (
+            "model_index.json",
+            json.dumps({"vqvae": ["diffusers", "VQModel"]}),
+            "got the part 'vqvae' in model_index.json",
+        ),
+    ],
+)
+def test_a_diffusers_file_of_another_kind_is_refused(
+    file: str, text: str, message: str, saved_pipeline: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(saved_pipeline, tmp_path / "pipe")
+    (tmp_path / "pipe" / file).write_text(text)
+    with pytest.raises(InputError, match=f"^weights: .*{message}"):
+        load_weights(tmp_path / "pipe")
 
 
 def test_a_diffusers_folder_without_its_parts_is_refused(tmp_path: Path) -> None:

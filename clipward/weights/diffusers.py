@@ -1,32 +1,63 @@
-"""diffusers: a ``UNet2DModel``'s and a ``DDPMScheduler``'s JSON and keys, to and from ours; and the hub."""
+"""diffusers: a ``UNet2DModel`` and its scheduler, to and from ours, by their JSON and their keys; and the hub.
+
+What a scheduler says of the model is obeyed: T, the βs, what the network puts out, its variance, and whether x̂0 is
+clamped. A setting of the model that has no counterpart here is refused by its name.
+
+How diffusers' pipelines sample is not obeyed, since ``skip_steps`` and ``skip_type`` choose the steps here:
+``timestep_spacing`` and ``steps_offset``; ``set_alpha_to_one``, since the last step always ends at data, where ᾱ is 1;
+a solver's order and spacing. Where x̂0 is clamped, the noise is that of the clamped x̂0, which DDIM there has with
+``use_clipped_model_output`` alone.
+"""
 
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from clipward.errors import InputError, first_line
+from clipward.errors import InputError, first_line, list_names, shorten
 from clipward.files import atomic_folder, read_json, to_storable
 from clipward.networks.unet import UNetConfig
 from clipward.weights.architecture import Architecture, Weights
+from clipward.weights.fields import parse
 from clipward.weights.keys import Naming, State, remap_state, rename_key
 
 NAME = "diffusers"
 VERSION = "0.35.0"  # whose names these are
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(?<!\.ckpt)(?<!\.pt)(?<!\.pth)(?<!\.bin)(?<!\.safetensors)")
 FILES = tuple(f"diffusion_pytorch_model.{kind}" for kind in ("safetensors", "bin"))
+NETWORK_FILE, SCHEDULER_FILE, PIPELINE_FILE = "config.json", "scheduler_config.json", "model_index.json"
 
-# their words for the scheduler's settings, by ours
+# settings by our names: what diffusers calls them, and its defaults
+NETWORK_SETTINGS: dict[str, tuple[str, Any]] = {
+    "image_channels": ("in_channels", 3),
+    "out_channels": ("out_channels", 3),
+    "channels": ("block_out_channels", [224, 448, 672, 896]),
+    "num_res_blocks": ("layers_per_block", 2),
+    "dropout": ("dropout", 0.0),
+    "norm_groups": ("norm_num_groups", 32),
+    "norm_eps": ("norm_eps", 1e-5),
+    "head_channels": ("attention_head_dim", 8),
+    "downsample_padding": ("downsample_padding", 1),
+    "freq_shift": ("freq_shift", 0),
+}
+SCHEDULER_SETTINGS: dict[str, tuple[str, Any]] = {
+    "num_timesteps": ("num_train_timesteps", 1000),
+    "clip_denoised": ("clip_sample", True),
+}
+# their words by ours
 BETA_SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
 PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
-VAR_TYPES = ("fixed_small", "fixed_large", "learned_range")
+# ours by theirs
+VARIANCE_TYPES = {name: name for name in ("fixed_small", "fixed_large", "learned_range")}
+VARIANCE_TYPES["fixed_small_log"] = "fixed_small"
 
-# Settings that our network has only these values of; the first is what a config without the setting means.
-ONLY = {
+# settings that have only these values here; the first is what a config without the setting means
+ONLY_NETWORK: dict[str, tuple[Any, ...]] = {
+    "_class_name": ("UNet2DModel",),
     "center_input_sample": (False,),
     "time_embedding_type": ("positional",),
     "time_embedding_dim": (None,),
@@ -36,8 +67,29 @@ ONLY = {
     "add_attention": (True,),
     "class_embed_type": (None,),
     "num_class_embeds": (None,),
+    "resnet_time_scale_shift": ("default", "scale_shift"),
+    "downsample_type": ("conv", "resnet", None),
+    "upsample_type": ("conv", "resnet", None),
 }
-WITH_ATTENTION, WITHOUT = ("AttnDownBlock2D",), ("DownBlock2D", "ResnetDownsampleBlock2D")
+CLAMPING = ("DDPMScheduler", "DDPMParallelScheduler", "DDIMScheduler", "DDIMParallelScheduler")
+OTHERS = (  # which walk the same ᾱ_t and leave x̂0 as it is
+    "PNDMScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "DEISMultistepScheduler",
+    "UniPCMultistepScheduler",
+    "EulerDiscreteScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "LMSDiscreteScheduler",
+)
+ONLY_SCHEDULER: dict[str, tuple[Any, ...]] = {
+    "_class_name": CLAMPING + OTHERS,
+    "trained_betas": (None,),
+    "rescale_betas_zero_snr": (False, None),
+    "thresholding": (False, None),
+    "use_flow_sigmas": (False, None),
+    "timestep_type": ("discrete", None),
+}
 
 
 # a folder, or the hub
@@ -46,7 +98,7 @@ WITH_ATTENTION, WITHOUT = ("AttnDownBlock2D",), ("DownBlock2D", "ResnetDownsampl
 def find_file(folder: Path) -> Path | None:
     """The network's state in the folder of a pipeline, or of the network itself, with its ``config.json`` beside it."""
     files = (folder / place / name for place in ("unet", "") for name in FILES)
-    return next((file for file in files if file.is_file() and (file.parent / "config.json").is_file()), None)
+    return next((file for file in files if file.is_file() and (file.parent / NETWORK_FILE).is_file()), None)
 
 
 def download(name: str) -> Path:
@@ -57,7 +109,7 @@ def download(name: str) -> Path:
     """
     from huggingface_hub import snapshot_download
 
-    configs = ["*config.json", "model_index.json"]
+    configs = [f"*{NETWORK_FILE}", PIPELINE_FILE]
     try:
         for kind in FILES:
             files = [f"{folder}{kind}" for folder in ("", "unet/")]
@@ -66,7 +118,8 @@ def download(name: str) -> Path:
                 break
     except Exception as error:  # of the network, the hub or the disk
         raise InputError(
-            f"weights: {name} is no file or folder, and the hub gives no such model ({first_line(error)})"
+            f"weights: got {shorten(name)}, which is no file or folder, and the hub gives no such model "
+            f"({first_line(error)})"
         ) from error
     return folder
 
@@ -86,93 +139,157 @@ def from_state(state: State, path: Path, head_channels: int | None = None) -> We
         InputError: where a config is missing, has what ours lacks, or does not fit the state.
     """
     folder = path.parent
-    if not (folder / "config.json").is_file():
-        raise InputError(f"weights: got no config.json beside {path}, which has diffusers' keys; use its whole folder")
-    places = (folder / "scheduler_config.json", folder.parent / "scheduler" / "scheduler_config.json")
+    if not (folder / NETWORK_FILE).is_file():
+        raise InputError(f"weights: got no {NETWORK_FILE} beside {shorten(path)}, expected a UNet2DModel's")
+    places = (folder / SCHEDULER_FILE, folder.parent / "scheduler" / SCHEDULER_FILE)
     scheduler = next((place for place in places if place.is_file()), None)
     if scheduler is None:
-        raise InputError(f"weights: got no scheduler_config.json for {folder}, expected a DDPMScheduler's")
-    config = read_json(folder / "config.json")
-    architecture = architecture_of(config, read_json(scheduler))
-    naming, sines_first = naming_of(len(architecture.unet.channels)), not config.get("flip_sin_to_cos", True)
+        raise InputError(f"weights: got no {SCHEDULER_FILE} for {shorten(folder)}, expected a DDPMScheduler's")
+    for place in (folder / PIPELINE_FILE, folder.parent / PIPELINE_FILE):
+        if place.is_file():
+            _refuse_other_parts(_read_dictionary(place))
+    config = _read_dictionary(folder / NETWORK_FILE)
+    architecture = read_architecture(config, _read_dictionary(scheduler))
+    naming, sines_first = make_naming(len(architecture.unet.channels)), not config.get("flip_sin_to_cos", True)
     return Weights(architecture, remap_state(modernise_keys(state), architecture.unet, naming, sines_first))
 
 
-def architecture_of(unet: Mapping[str, Any], scheduler: Mapping[str, Any]) -> Architecture:
-    """Ours out of ``config.json`` and ``scheduler_config.json``; what they don't name has diffusers' default.
+def read_architecture(network: Mapping[str, Any], scheduler: Mapping[str, Any]) -> Architecture:
+    """Ours from ``config.json`` and ``scheduler_config.json``; what they leave out has diffusers' default.
 
     Raises:
-        InputError: where they have what ours lacks, or lack what ours needs.
+        InputError: where a setting has no counterpart here, by its name.
     """
-    for setting, value in (("trained_betas", None), ("rescale_betas_zero_snr", False), ("thresholding", False)):
-        if scheduler.get(setting) not in (value, None):
-            raise InputError(f"weights: got {setting} in scheduler_config.json, expected {value}")
-    if scheduler.get("clip_sample", True) and scheduler.get("clip_sample_range", 1) != 1:
-        given = scheduler["clip_sample_range"]
-        raise InputError(f"weights: got clip_sample_range {given} in scheduler_config.json, expected 1")
-
-    def ours(setting: str, names: Mapping[str, Any], default: str) -> Any:
-        value = scheduler.get(setting) or default
-        if value not in names:
-            known = ", ".join(names)
-            raise InputError(f"weights: got {setting} {value!r} in scheduler_config.json, expected one of {known}")
-        return names[value]
-
-    network = unet_from_config(unet)
-    own = {name: name for name in VAR_TYPES}
+    _refuse_others(scheduler, ONLY_SCHEDULER, SCHEDULER_FILE)
+    unet = read_unet(network)
+    values = _read_settings(scheduler, SCHEDULER_SETTINGS, Architecture, SCHEDULER_FILE)
+    values["clip_denoised"] &= scheduler.get("_class_name", CLAMPING[0]) in CLAMPING
+    if values["clip_denoised"] and scheduler.get("clip_sample_range", 1) != 1:
+        raise _refusal("clip_sample_range", scheduler["clip_sample_range"], SCHEDULER_FILE, "1")
     return Architecture(
-        network,
-        image_size=unet.get("sample_size") or Architecture.image_size,
-        schedule=ours("beta_schedule", {theirs: name for name, theirs in BETA_SCHEDULES.items()}, "linear"),
-        num_timesteps=scheduler.get("num_train_timesteps", 1000),
-        betas=(scheduler.get("beta_start", 1e-4), scheduler.get("beta_end", 0.02)),
-        parametrisation=ours("prediction_type", {theirs: name for name, theirs in PREDICTION_TYPES.items()}, "epsilon"),
-        var_type=ours(
-            "variance_type",
-            {**own, "fixed_small_log": "fixed_small"},
-            "learned_range" if network.learns_variance else "fixed_small",
-        ),
-        clip_denoised=scheduler.get("clip_sample", True),
+        unet,
+        image_size=_read_size(network),
+        schedule=_translate_word(scheduler, "beta_schedule", _invert(BETA_SCHEDULES), "linear"),
+        betas=(_read_beta(scheduler, "beta_start", 1e-4), _read_beta(scheduler, "beta_end", 0.02)),
+        parametrisation=_translate_word(scheduler, "prediction_type", _invert(PREDICTION_TYPES), "epsilon"),
+        var_type=_translate_word(scheduler, "variance_type", VARIANCE_TYPES, None),
+        **values,
     )
 
 
-def unet_from_config(config: Mapping[str, Any]) -> UNetConfig:
-    """Ours out of the ``config.json`` of a ``UNet2DModel``.
+def read_unet(config: Mapping[str, Any]) -> UNetConfig:
+    """Ours from the ``config.json`` of a ``UNet2DModel``.
 
     Raises:
-        InputError: where it has what ours lacks, or lacks what ours needs.
+        InputError: where a setting has no counterpart here, by its name.
     """
-    for name, values in ONLY.items():
-        if config.get(name, values[0]) not in values:
-            raise InputError(f"weights: got {name} {config[name]!r} in config.json, expected {values[0]!r}")
-    try:
-        kinds = config["down_block_types"]
-        channels, in_channels = tuple(config["block_out_channels"]), config["in_channels"]
-    except KeyError as error:
-        raise InputError(f"weights: got no {error.args[0]} in config.json, expected a UNet2DModel's") from error
-    for kind in kinds:
-        if kind not in WITH_ATTENTION + WITHOUT:
-            known = ", ".join(WITH_ATTENTION + WITHOUT)
-            raise InputError(f"weights: got {kind!r} among down_block_types in config.json, expected {known}")
-    out_channels = config.get("out_channels", in_channels)
+    _refuse_others(config, ONLY_NETWORK, NETWORK_FILE)
+    values = _read_settings(config, NETWORK_SETTINGS, UNetConfig, NETWORK_FILE)
+    levels, groups = len(values["channels"]), values["norm_groups"]
+    attended, joins = _read_levels(config, "Down", levels)
+    attended_up, joins_up = _read_levels(config, "Up", levels)
+    if attended_up != attended[::-1]:
+        raise _refusal("up_block_types", config["up_block_types"], NETWORK_FILE, "attention as in down_block_types")
+    if len(joins | joins_up) > 1:
+        given = config["down_block_types"]
+        raise _refusal("down_block_types", given, NETWORK_FILE, "one way, conv or resnet, to join all levels")
+    scale_shift = config.get("resnet_time_scale_shift", "default") == "scale_shift"
+    middle = config.get("attn_norm_num_groups")
+    if middle != groups and (middle is not None or scale_shift):  # without a number, scale_shift takes the norm away
+        raise _refusal("attn_norm_num_groups", middle, NETWORK_FILE, f"norm_num_groups, {groups}")
+    if values["out_channels"] == values["image_channels"]:
+        values["out_channels"] = None
     return UNetConfig(
-        image_channels=in_channels,
-        out_channels=None if out_channels == in_channels else out_channels,
-        channels=channels,
-        num_res_blocks=config.get("layers_per_block", 2),
-        attention_levels=tuple(level for level, kind in enumerate(kinds) if kind in WITH_ATTENTION),
-        dropout=config.get("dropout", 0.0),
-        norm_groups=config.get("norm_num_groups", 32),
-        norm_eps=config.get("norm_eps", 1e-5),
-        head_channels=config.get("attention_head_dim", 8),
-        scale_shift_norm=config.get("resnet_time_scale_shift", "default") == "scale_shift",
-        resblock_updown=config.get("downsample_type", "conv") == "resnet",
-        downsample_padding=config.get("downsample_padding", 1),
-        freq_shift=config.get("freq_shift", 0),
+        attention_levels=tuple(level for level, attention in enumerate(attended) if attention),
+        scale_shift_norm=scale_shift,
+        resblock_updown="resnet" in joins | joins_up,
+        **values,
     )
 
 
-def naming_of(levels: int) -> Naming:
+def _read_dictionary(path: Path) -> dict[str, Any]:
+    values = read_json(path)
+    return parse(dict, values, shorten(path))
+
+
+def _refuse_other_parts(pipeline: Mapping[str, Any]) -> None:
+    """A pipeline with an autoencoder, a text encoder and so on has no network of pixels, or not of pixels alone."""
+    for name, part in pipeline.items():
+        if isinstance(part, list) and any(part) and name not in ("unet", "scheduler"):
+            raise InputError(f"weights: got the part {shorten(name)} in {PIPELINE_FILE}, expected unet and scheduler")
+
+
+def _refusal(setting: str, value: Any, file: str, expected: str) -> InputError:
+    given = f"of {len(value)} values" if isinstance(value, list) and len(value) > 6 else _write_value(value)
+    return InputError(f"weights: got {setting} {given} in {file}, expected {expected}")
+
+
+def _write_value(value: Any) -> str:
+    return json.dumps(value) if value is None or isinstance(value, bool) else shorten(value)
+
+
+def _refuse_others(config: Mapping[str, Any], only: Mapping[str, tuple[Any, ...]], file: str) -> None:
+    for setting, values in only.items():
+        value = config.get(setting, values[0])
+        if value not in values:
+            expected = [each if isinstance(each, str) else _write_value(each) for each in values]
+            raise _refusal(setting, value, file, list_names(expected))
+
+
+def _read_settings(
+    config: Mapping[str, Any], settings: Mapping[str, tuple[str, Any]], kind: type, file: str
+) -> dict[str, Any]:
+    """The fields of ``kind`` that ``settings`` maps, of their types."""
+    hints = get_type_hints(kind)
+    return {
+        ours: parse(hints[ours], config.get(theirs, default), f"{theirs} in {file}")
+        for ours, (theirs, default) in settings.items()
+    }
+
+
+def _invert(names: Mapping[str, str]) -> dict[str, str]:
+    return {theirs: ours for ours, theirs in names.items()}
+
+
+def _translate_word(scheduler: Mapping[str, Any], setting: str, names: Mapping[str, str], default: str | None) -> Any:
+    """Our word for a setting's value, out of ``names`` by theirs; none where it has no value and no default."""
+    value = scheduler.get(setting) or default
+    ours = next((ours for theirs, ours in names.items() if theirs == value), None)
+    if ours is None and value is not None:
+        raise _refusal(setting, value, SCHEDULER_FILE, list_names(names))
+    return ours
+
+
+def _read_levels(config: Mapping[str, Any], way: str, levels: int) -> tuple[list[bool], set[str]]:
+    """Which levels have attention, in the config's order, and the kinds of layers that join levels."""
+    setting = f"{way.lower()}_block_types"
+    kinds = {
+        f"Attn{way}Block2D": config.get(f"{way.lower()}sample_type") or "conv",
+        f"{way}Block2D": "conv",
+        f"Resnet{way}sampleBlock2D": "resnet",
+    }
+    given = config.get(setting)
+    if not isinstance(given, list) or len(given) != levels:
+        raise _refusal(setting, given, NETWORK_FILE, f"a list of {levels}, as block_out_channels")
+    blocks = [block.removeprefix("UNetRes") if isinstance(block, str) else "" for block in given]
+    for block, name in zip(blocks, given, strict=True):
+        if block not in kinds:
+            raise _refusal(setting, name, NETWORK_FILE, list_names(kinds))
+    return [block.startswith("Attn") for block in blocks], {kinds[block] for block in blocks[:-1]}
+
+
+def _read_beta(scheduler: Mapping[str, Any], setting: str, default: float) -> float:
+    return parse(float, scheduler.get(setting, default), f"{setting} in {SCHEDULER_FILE}")
+
+
+def _read_size(network: Mapping[str, Any]) -> int:
+    size = network.get("sample_size")
+    if isinstance(size, list) and len(size) == 2 and size[0] == size[1]:
+        size = size[0]
+    return parse(int, Architecture.image_size if size is None else size, f"sample_size in {NETWORK_FILE}")
+
+
+def make_naming(levels: int) -> Naming:
     """From our names to theirs."""
     return [
         *((f"down.{i}.resample", f"down_blocks.{i}.downsamplers.0") for i in range(levels)),
@@ -211,8 +328,8 @@ def save_diffusers(folder: Path, weights: Weights) -> None:
     Raises:
         InputError: where diffusers has no such network.
     """
-    configs = configs_of(weights.architecture)
-    naming = naming_of(len(weights.architecture.unet.channels))
+    configs = make_configs(weights.architecture)
+    naming = make_naming(len(weights.architecture.unet.channels))
     state = {rename_key(name, naming): value for name, value in weights.state.items()}
     with atomic_folder(folder) as aside:
         for name, config in configs.items():
@@ -221,7 +338,7 @@ def save_diffusers(folder: Path, weights: Weights) -> None:
         save_file(to_storable(state), aside / "unet/diffusion_pytorch_model.safetensors", {"format": "pt"})
 
 
-def configs_of(architecture: Architecture) -> dict[str, dict[str, Any]]:
+def make_configs(architecture: Architecture) -> dict[str, dict[str, Any]]:
     """The JSON of a folder that ``DDPMPipeline.from_pretrained`` opens, by file.
 
     Raises:
@@ -236,24 +353,24 @@ def configs_of(architecture: Architecture) -> dict[str, dict[str, Any]]:
         "beta_start": architecture.betas[0],
         "beta_end": architecture.betas[1],
         "prediction_type": PREDICTION_TYPES[architecture.parametrisation],
-        "variance_type": architecture.var_type,
+        "variance_type": architecture.variance,
         "clip_sample": architecture.clip_denoised,
     }
     return {
         "model_index.json": {"_class_name": "DDPMPipeline", "_diffusers_version": VERSION, **pipeline},
-        "unet/config.json": unet_to_config(architecture.unet, architecture.image_size),
+        "unet/config.json": make_network_config(architecture.unet, architecture.image_size),
         "scheduler/scheduler_config.json": scheduler,
     }
 
 
-def unet_to_config(config: UNetConfig, image_size: int) -> dict[str, Any]:
+def make_network_config(config: UNetConfig, image_size: int) -> dict[str, Any]:
     """The ``config.json`` of a ``UNet2DModel`` with our network's numbers.
 
     Raises:
         InputError: where diffusers has no such network.
     """
     if config.patch != 1:
-        raise InputError(f"to: got diffusers, which has no network of patch {config.patch}; use safetensors")
+        raise InputError(f"to: got diffusers, which has no network of patch {shorten(config.patch)}; use safetensors")
     without = "Resnet{}sampleBlock2D" if config.resblock_updown else "{}Block2D"
     with_attention = [level in config.attention_levels for level in range(len(config.channels))]
     resample = "resnet" if config.resblock_updown else "conv"
