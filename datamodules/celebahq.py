@@ -1,22 +1,33 @@
 """Pictures of one's own: a folder, parquet, or a data set on the hub."""
 
-import io
-import warnings
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
-from PIL import Image, UnidentifiedImageError
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
-from torchvision.transforms import v2
 
-from clipward.datamodules.loading import training_loader
-from clipward.errors import InputError, first_line
+from clipward.datamodules.labels import check_labels, read_labels
+from clipward.datamodules.loading import (
+    MOST_PICTURES,
+    check_loading,
+    check_training,
+    check_whole,
+    training_loader,
+    validation_loader,
+)
+from clipward.datamodules.pictures import UnreadablePicture, check_picture, read_picture
+from clipward.datamodules.sources import EXPECTED, Sources, find_column, open_rows, take_rows
+from clipward.errors import InputError, shorten
+
+VAL_SHARE, VAL_MOST = 0.02, 512
 
 
 class CelebAHQDataModule(L.LightningDataModule):
     """Pictures, resized with antialiasing, cropped at the centre and flipped half of the time.
+
+    PNG, JPEG, WebP, BMP, GIF and TIFF are read, turned upright by their EXIF; transparent parts become white.
 
     Args:
         path: a folder of pictures, a parquet file, or the name of a data set on the hub.
@@ -25,10 +36,19 @@ class CelebAHQDataModule(L.LightningDataModule):
         num_workers: processes that read pictures; each keeps its own with ``cache``.
         split: of a data set on the hub.
         image_column: where the picture stands in parquet or a data set.
-        caption_column: where its caption stands, if it has one.
-        val_count: pictures kept for validation, the last ones; where 0, the training pictures serve.
+        caption_column: where its caption stands, if it has one. A row without a text in it is left out.
+        labels: attributes of the pictures and their values, each with a column that is true of it, of booleans or
+            numbers: ``{gender: {woman: not male, man: male}, hair: {black: black_hair, red: null}}``. Batches then have
+            ``labels``: the position of a picture's value in this order, −1 where none or several are true.
+        first: the first row to use, in the order of the data set, or of the names in a folder.
+        count: how many rows to use; all that follow by default.
+        val_count: pictures kept for validation, the last ones. By default a fiftieth, from 1 to 512, where that leaves
+            a batch to train on. Where 0, the training pictures serve.
         cache: keep the resized pictures in memory (3·size² bytes each).
-        strict: refuse a file that is no picture; else it is named, counted and left out.
+        strict: refuse a file that can't be read and a row without a caption; else they are named, counted and left out.
+
+    Raises:
+        InputError: for a number out of range, and in ``setup`` for data that can't be read or trained on.
     """
 
     def __init__(
@@ -40,116 +60,136 @@ class CelebAHQDataModule(L.LightningDataModule):
         split: str = "train",
         image_column: str = "image",
         caption_column: str | None = None,
-        val_count: int = 0,
+        labels: dict[str, dict[str, str | None]] | None = None,
+        first: int = 0,
+        count: int | None = None,
+        val_count: int | None = None,
         cache: bool = False,
         strict: bool = False,
     ) -> None:
         super().__init__()
+        check_loading(size, batch_size, num_workers)
+        check_whole(1, MOST_PICTURES, count=1 if count is None else count)
+        check_whole(0, MOST_PICTURES, first=first, val_count=0 if val_count is None else val_count)
+        if labels is not None:
+            check_labels(labels)
         self.path, self.size, self.batch_size, self.num_workers = path, size, batch_size, num_workers
         self.split, self.image_column, self.caption_column = split, image_column, caption_column
-        self.val_count, self.cache, self.strict = val_count, cache, strict
+        self.labels, self.first, self.count, self.val_count = labels, first, count, val_count
+        self.cache, self.strict = cache, strict
+        self.train_set: Subset | None = None
 
     def setup(self, stage: str) -> None:
-        rows = self._rows()
-        for column in filter(None, (self.image_column, self.caption_column)):
-            if column not in rows.column_names:
-                raise InputError(f"data: {self.path} has no column {column!r}; it has {', '.join(rows.column_names)}")
-        good = self._pictures(rows)
-        if len(good) <= self.val_count:
-            raise InputError(f"val_count: {self.val_count} given; {self.path} has {len(good)} pictures")
-        cut = len(good) - self.val_count
-        pictures = Pictures(rows, self.size, self.image_column, self.caption_column, self.cache)
-        self.train_set = Subset(pictures, good[:cut])
-        self.val_set = Subset(pictures, good[cut:] or good)
+        if self.train_set is None:
+            self._read()
+        if stage == "fit":
+            check_training(len(self.train_set), self.batch_size, self.trainer)
 
-    def _rows(self) -> Any:
-        from datasets import Image as ImageFeature
-        from datasets import load_dataset
+    def _read(self) -> None:
+        rows = take_rows(open_rows(self.path, self.split, self.image_column), self.first, self.count)
+        captions = None if self.caption_column is None else self._captions(rows)
+        labels = None if self.labels is None else read_labels(rows, self.labels)
+        sources = Sources(rows, self.image_column, self.first)
+        good = self._choose(sources, captions)
+        held_out = self._held_out(len(good))
+        pictures = Pictures(sources, self.size, captions, labels, self.cache)
+        self.train_set = Subset(pictures, good[: len(good) - held_out])
+        self.val_set = Subset(pictures, good[len(good) - held_out :] or good)
 
-        if self.path is None:
-            raise InputError("data.path: none given; a folder of pictures, a parquet file or a data set would do")
-        path = Path(self.path)
-        if path.is_dir():
-            files = sorted(str(f) for f in path.rglob("*") if f.suffix.lower() in Image.registered_extensions())
-            if not files:
-                raise InputError(f"data: {path} holds no pictures")
-            from datasets import Dataset as Rows
+    def _captions(self, rows: Any) -> Sequence[str | None]:
+        kind = find_column(rows, "caption_column", self.caption_column)
+        if kind not in ("string", "large_string", "null"):
+            raise InputError(
+                f"data.caption_column: got {shorten(self.caption_column)}, a column of {shorten(kind)}, expected texts"
+            )
+        return rows[self.caption_column]
 
-            rows = Rows.from_dict({self.image_column: files})
-        elif path.suffix == ".parquet":
-            if not path.is_file():
-                raise InputError(f"data: there is no file {path}")
-            rows = load_dataset("parquet", data_files=str(path), split="train")
-        else:
+    def _choose(self, sources: Sources, captions: Sequence[str | None] | None) -> list[int]:
+        """Positions of the rows that can be trained on: by the headers of their pictures, and their captions."""
+        captioned = [True] * len(sources) if captions is None else [bool(text and text.strip()) for text in captions]
+        good, unreadable, silent = [], [], []
+        for i, source in enumerate(sources):
             try:
-                rows = load_dataset(self.path, split=self.split)
-            except Exception as error:
-                raise InputError(
-                    f"data: {self.path} is no folder or parquet file, and the hub gives no such data set "
-                    f"({first_line(error)})"
-                ) from error
-        if self.image_column in rows.column_names:
-            rows = rows.cast_column(self.image_column, ImageFeature(decode=False))
-        return rows
-
-    def _pictures(self, rows: Any) -> list[int]:
-        """Positions of the rows that hold a picture, by their headers."""
-        good, bad = [], []
-        for i, row in enumerate(rows.select_columns(self.image_column)):
-            try:
-                _open(row[self.image_column])
+                check_picture(source)
+            except UnreadablePicture as error:
+                unreadable.append(f"{sources.name(i)} ({error})")
+                continue
+            if captioned[i]:
                 good.append(i)
-            except (UnidentifiedImageError, OSError, TypeError):
-                bad.append((row[self.image_column] or {}).get("path") or f"row {i}")
-        if bad:
-            message = f"{len(bad)} of {len(rows)} files are no pictures: {', '.join(bad[:5])}"
-            if self.strict:
-                raise InputError(f"data: {message}; strict: false would leave them out")
-            warnings.warn(f"{message}{' …' if len(bad) > 5 else ''}; left out", stacklevel=2)
+            else:
+                silent.append(sources.name(i))
+        self._leave_out(unreadable, len(sources), "can't be read as pictures")
+        self._leave_out(silent, len(sources), "have no caption")
+        if not good:
+            raise InputError(f"data.path: got {shorten(self.path)} without a picture to use; expected {EXPECTED}")
         return good
 
+    def _leave_out(self, names: list[str], count: int, fault: str) -> None:
+        if not names:
+            return
+        message = f"{len(names)} of {count} {fault}: {'; '.join(names[:3])}{'; …' if len(names) > 3 else ''}"
+        if self.strict:
+            raise InputError(f"data.path: {message}; use data.strict false to leave them out")
+        rank_zero_warn(f"data.path: {message}; left out")
+
+    def _held_out(self, count: int) -> int:
+        """How many of ``count`` pictures are kept for validation."""
+        if self.val_count is None:
+            share = max(1, min(VAL_MOST, int(VAL_SHARE * count)))
+            return share if count - share >= self.batch_size else 0
+        if self.val_count >= count:
+            raise InputError(f"data.val_count: got {self.val_count}, expected less than the {count} pictures there are")
+        return self.val_count
+
     def train_dataloader(self) -> DataLoader:
-        if self.trainer is not None and len(self.train_set) < self.batch_size * self.trainer.world_size:
-            raise InputError(
-                f"batch_size: {self.batch_size} given; there are {len(self.train_set)} pictures to train on"
-            )
         return training_loader(self.train_set, self.batch_size, self.num_workers, self.trainer)
 
     def val_dataloader(self) -> DataLoader:
-        return DataLoader(self.val_set, batch_size=self.batch_size, num_workers=self.num_workers)
+        return validation_loader(self.val_set, self.batch_size, self.num_workers)
 
 
 class Pictures(Dataset[dict]):
-    """Items are ``{"image": (3, size, size) in [-1, 1]}``, with a ``"caption"`` where there is a column of them."""
+    """Items are ``{"image": (3, size, size) in [-1, 1]}``, with a ``"caption"`` and ``"labels"`` where there are any.
 
-    def __init__(self, rows: Any, size: int, image_column: str, caption_column: str | None, cache: bool) -> None:
-        self.rows, self.image_column, self.caption_column = rows, image_column, caption_column
-        self.shape = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size), v2.PILToTensor()])
+    Args:
+        sources: the pictures.
+        size: height and width in pixels.
+        captions: one for each, if there are any.
+        labels: (N, attributes) in int64, likewise.
+        cache: keep the resized pictures in memory.
+    """
+
+    def __init__(
+        self,
+        sources: Sources,
+        size: int,
+        captions: Sequence[str | None] | None = None,
+        labels: Tensor | None = None,
+        cache: bool = False,
+    ) -> None:
+        self.sources, self.size, self.captions, self.labels = sources, size, captions, labels
         self._kept: dict[int, Tensor] | None = {} if cache else None
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.sources)
 
     def __getitem__(self, index: int) -> dict:
-        row = self.rows[index]
-        item: dict[str, Any] = {"image": self._pixels(index, row).float() / 127.5 - 1}
-        if self.caption_column is not None:
-            item["caption"] = row[self.caption_column]
+        item: dict[str, Any] = {"image": self._pixels(index).float() / 127.5 - 1}
+        if self.captions is not None:
+            item["caption"] = self.captions[index]
+        if self.labels is not None:
+            item["labels"] = self.labels[index]
         return item
 
-    def _pixels(self, index: int, row: dict) -> Tensor:
+    def _pixels(self, index: int) -> Tensor:
         if self._kept is not None and index in self._kept:
             return self._kept[index]
-        source = row[self.image_column]
         try:
-            pixels = self.shape(_open(source).convert("RGB"))
-        except OSError as error:
-            raise InputError(f"data: the picture {source.get('path') or index} is damaged ({error})") from error
+            pixels = read_picture(self.sources[index], self.size)
+        except UnreadablePicture as error:
+            raise InputError(
+                f"data: got a damaged picture, {self.sources.name(index)} ({error}); remove it or mend it"
+            ) from error
         if self._kept is not None:
             self._kept[index] = pixels
         return pixels
-
-
-def _open(source: dict[str, Any]) -> Image.Image:
-    """What ``datasets`` gives for an undecoded picture: bytes, or a path."""
-    return Image.open(io.BytesIO(source["bytes"]) if source["bytes"] is not None else source["path"])

@@ -14,7 +14,15 @@ import torch
 from PIL import Image, ImageDraw
 from torch.utils.data import DataLoader, Dataset
 
-from clipward.datamodules.loading import training_loader
+from clipward.datamodules.loading import (
+    MOST_PICTURES,
+    check_loading,
+    check_training,
+    check_whole,
+    training_loader,
+    validation_loader,
+)
+from clipward.errors import InputError, shorten
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "gender": ("woman", "man"),
@@ -344,16 +352,35 @@ class FacesDataModule(L.LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
+        check_loading(size, batch_size, num_workers)
+        check_whole(0, MOST_PICTURES, train_count=train_count, val_count=val_count)
+        check_whole(0, 2**63 - 1, seed=seed)
+        if not 0 <= caption_detail <= 1:
+            raise InputError(f"data.caption_detail: got {shorten(caption_detail)}, expected a number from 0 to 1")
         self.size, self.train_count, self.val_count = size, train_count, val_count
         self.seed, self.caption_detail = seed, caption_detail
         self.batch_size, self.num_workers = batch_size, num_workers
+        self.train_set: Faces | None = None
 
     def setup(self, stage: str) -> None:
-        self.train_set = Faces(self.seed, self.train_count, self.size, self.caption_detail)
-        self.val_set = Faces(self.seed + 1, self.val_count, self.size, self.caption_detail)
+        if stage == "fit":
+            check_training(self.train_count, self.batch_size, self.trainer)
+        if stage == "validate" and self.val_count == 0:
+            raise InputError("data.val_count: got 0, expected 1 or more, since there is nothing to validate on")
+        if self.train_set is None:
+            self.train_set = self._faces(self.seed, self.train_count)
+            self.val_set = self._faces(self.seed + 1, self.val_count)
+
+    def _faces(self, seed: int, count: int) -> Faces:
+        try:
+            return Faces(seed, count, self.size, self.caption_detail)
+        except RuntimeError as error:  # torch has no memory for them
+            raise InputError(
+                f"data.size: got {self.size}, expected less, or fewer than {count} faces, to fit in memory"
+            ) from error
 
     def train_dataloader(self) -> DataLoader:
         return training_loader(self.train_set, self.batch_size, self.num_workers, self.trainer)
 
     def val_dataloader(self) -> DataLoader:
-        return DataLoader(self.val_set, batch_size=self.batch_size, num_workers=self.num_workers)
+        return validation_loader(self.val_set, self.batch_size, self.num_workers)

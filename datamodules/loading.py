@@ -3,11 +3,12 @@
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_collate
 
 from clipward.errors import InputError, first_line, shorten
 
@@ -89,22 +90,60 @@ def training_loader(
         drop_last=True,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
+        collate_fn=_collate,
     )
 
 
 def validation_loader(pictures: Dataset[dict], batch_size: int, num_workers: int) -> DataLoader:
     """Batches of all pictures in their order; the last may be smaller."""
-    return _Loader(pictures, batch_size=batch_size, num_workers=num_workers)
+    return _Loader(_Served(pictures), batch_size=batch_size, num_workers=num_workers, collate_fn=_collate)
+
+
+@dataclass(frozen=True)
+class _Fault:
+    """What a worker says in place of a picture: an error that it raised would come with its traceback in the line."""
+
+    message: str
+
+
+class _Served(Dataset[dict]):
+    """Items of a data set, or what is wrong with them."""
+
+    def __init__(self, pictures: Dataset[dict]) -> None:
+        self.pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, position: int) -> dict | _Fault:
+        try:
+            return self.pictures[position]
+        except InputError as error:
+            return _Fault(str(error))
+
+
+class _Mirrored(_Served):
+    """Items of (position, whether to mirror), or of a position alone."""
+
+    def __getitem__(self, drawn: tuple[int, bool] | int) -> dict | _Fault:
+        position, mirror = drawn if isinstance(drawn, tuple) else (drawn, False)
+        item = super().__getitem__(position)
+        return item | {"image": item["image"].flip(-1)} if mirror and isinstance(item, dict) else item
+
+
+def _collate(items: list[dict | _Fault]) -> Any:
+    faults = [item for item in items if isinstance(item, _Fault)]
+    return faults[0] if faults else default_collate(items)
 
 
 class _Loader(DataLoader):
-    """A loader whose workers' errors are one line, as those of the process itself are."""
+    """Raises in this process what is wrong with a picture."""
 
     def __iter__(self) -> Iterator[Any]:
-        try:
-            yield from super().__iter__()
-        except InputError as error:  # a worker's has its traceback in the message
-            raise InputError(str(error).rpartition("InputError: ")[2].strip()) from error
+        for batch in super().__iter__():
+            if isinstance(batch, _Fault):
+                raise InputError(batch.message)
+            yield batch
 
 
 class _Shuffled(DistributedSampler):
@@ -118,21 +157,6 @@ class _Shuffled(DistributedSampler):
         mirrored = (torch.rand(len(order), generator=generator) < 0.5).tolist()
         drawn = list(zip(order, mirrored, strict=True))[: self.total_size]
         return iter(drawn[self.rank :: self.num_replicas][self.skip :])
-
-
-class _Mirrored(Dataset[dict]):
-    """Items of (position, whether to mirror), or of a position alone."""
-
-    def __init__(self, pictures: Dataset[dict]) -> None:
-        self.pictures = pictures
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitem__(self, drawn: tuple[int, bool] | int) -> dict:
-        position, mirror = drawn if isinstance(drawn, tuple) else (drawn, False)
-        item = self.pictures[position]
-        return item | {"image": item["image"].flip(-1)} if mirror else item
 
 
 class _TrainingLoader(_Loader):

@@ -1,10 +1,13 @@
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_module, tiny_trainer
 
 from clipward.datamodules.faces import ATTRIBUTES, Faces, FacesDataModule, attributes, caption, describe, draw
+from clipward.errors import InputError
 
 
 def test_a_face_is_a_function_of_seed_and_index() -> None:
@@ -84,3 +87,65 @@ def test_items_and_batches() -> None:
     assert len(batch["caption"]) == 4
     assert batch["labels"].shape == (4, 5)
     assert len(data.val_dataloader()) == 2
+
+
+BAD_ARGUMENTS: list[tuple[dict, str]] = [
+    ({"size": 0}, "data.size: got 0, expected a whole number from 1 to"),
+    ({"size": -64}, "data.size: got -64"),
+    ({"train_count": -1}, "data.train_count: got -1, expected a whole number from 0 to"),
+    ({"val_count": -1}, "data.val_count: got -1"),
+    ({"val_count": 1.5}, "data.val_count: got 1.5"),
+    ({"batch_size": 0}, "data.batch_size: got 0, expected a whole number from 1 to"),
+    ({"num_workers": -2}, "data.num_workers: got -2"),
+    ({"seed": -1}, "data.seed: got -1"),
+    ({"seed": 10**5000}, "data.seed: got 0x"),
+    ({"caption_detail": 1.1}, "data.caption_detail: got 1.1, expected a number from 0 to 1"),
+    ({"caption_detail": float("nan")}, "data.caption_detail: got nan"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD_ARGUMENTS, ids=[message for _, message in BAD_ARGUMENTS])
+def test_bad_arguments_are_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(InputError, match=f"^{message}"):
+        FacesDataModule(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("stage", "arguments", "message"),
+    [
+        ("fit", {"train_count": 0}, "data: got 0 pictures to train on, expected 1 or more"),
+        ("fit", {"train_count": 63}, "data.batch_size: got 64, expected 63 or less"),
+        ("fit", {"size": 2**14, "train_count": 2**40}, "data.size: got 16384, expected less, or fewer than"),
+        (
+            "validate",
+            {"val_count": 0},
+            "data.val_count: got 0, expected 1 or more, since there is nothing to validate on",
+        ),
+    ],
+)
+def test_a_set_that_cannot_serve_is_refused(stage: str, arguments: dict, message: str) -> None:
+    with pytest.raises(InputError, match=f"^{message}"):
+        FacesDataModule(**arguments).setup(stage)
+
+
+def test_what_does_not_train_needs_no_training_faces() -> None:
+    data = FacesDataModule(size=16, train_count=0, val_count=3)
+    data.setup("validate")
+    assert len(next(iter(data.val_dataloader()))["caption"]) == 3
+    FacesDataModule(size=16, train_count=64, val_count=0).setup("fit")
+
+
+def test_faces_are_kept_from_stage_to_stage() -> None:
+    data = FacesDataModule(size=16, train_count=64, val_count=3)
+    data.setup("fit")
+    kept = data.val_set
+    data.setup("validate")
+    assert data.val_set is kept
+
+
+def test_fit_ends_before_it_starts_where_there_is_nothing_to_train_on(tmp_path: Path) -> None:
+    trainer = tiny_trainer(tmp_path / "run", max_steps=1)
+    with pytest.raises(InputError, match=r"^data\.batch_size: got 64, expected 9 or less"):
+        trainer.fit(tiny_module(), FacesDataModule(size=16, train_count=9))
+    assert trainer.global_step == 0
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,154 @@
+"""Where pictures stand: the files of a folder, the rows of a parquet file, a data set on the hub."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from clipward.datamodules.loading import load_from_hub
+from clipward.datamodules.pictures import SUFFIXES
+from clipward.errors import InputError, first_line, list_names, shorten
+
+EXPECTED = "a folder of pictures, a parquet file or the name of a data set on the hub"
+
+
+def open_rows(path: str | None, split: str, image_column: str) -> Any:
+    """Open the rows that have the pictures, undecoded: a ``datasets.Dataset``, or a :class:`Folder`.
+
+    Args:
+        path: a folder, a parquet file, or the name of a data set on the hub.
+        split: of a data set on the hub.
+        image_column: the column of the pictures.
+
+    Raises:
+        InputError: where there are no rows, or no such column of pictures.
+    """
+    if not path:
+        raise InputError(f"data.path: got none, expected {EXPECTED}")
+    if os.path.isdir(path):
+        return Folder(Path(path), image_column)
+    if Path(path).suffix.lower() == ".parquet":
+        rows = _read_parquet(Path(path))
+    else:
+        rows = load_from_hub(path, "data.path", EXPECTED, split=split)
+    kind = find_column(rows, "image_column", image_column)
+    from datasets import Image
+
+    try:
+        return rows.cast_column(image_column, Image(decode=False))
+    except Exception as error:
+        raise InputError(
+            f"data.image_column: got {shorten(image_column)}, a column of {shorten(kind)}, expected pictures"
+        ) from error
+
+
+def find_column(rows: Any, field: str, column: str) -> str:
+    """The type of a column that ``field`` of the data module names.
+
+    Raises:
+        InputError: where the rows have no such column.
+    """
+    if isinstance(rows, Folder):
+        raise InputError(f"data.{field}: got {shorten(column)}, expected none, since a folder has pictures alone")
+    if column not in rows.column_names:
+        known = list_names(rows.column_names)
+        raise InputError(f"data.{field}: got {shorten(column)}, expected a column of the data: {known}")
+    return str(getattr(rows.features[column], "dtype", rows.features[column]))
+
+
+def take_rows(rows: Any, first: int, count: int | None) -> Any:
+    """The ``count`` rows from ``first`` on, or all of them.
+
+    Raises:
+        InputError: where there are fewer.
+    """
+    left = len(rows) - first
+    if left < 1:
+        raise InputError(f"data.first: got {first}, expected less than the {len(rows)} rows there are")
+    if count is not None and count > left:
+        raise InputError(f"data.count: got {count}, expected {left} or less, the rows that there are from {first} on")
+    return rows.select(range(first, first + (left if count is None else count)))
+
+
+class Folder:
+    """The picture files of a folder and of those below it, by name, as rows of one column.
+
+    Args:
+        path: the folder.
+        column: what the column is called.
+        names: of the files, below ``path``; all that have a picture's suffix by default.
+
+    Raises:
+        InputError: where there are none.
+    """
+
+    def __init__(self, path: Path, column: str, names: Sequence[str] | None = None) -> None:
+        self.path, self.column = path, column
+        self.names = self._scan() if names is None else names
+        if not self.names:
+            raise InputError(f"data.path: got {shorten(path)}, which holds no pictures; expected {EXPECTED}")
+
+    def _scan(self) -> list[str]:
+        found = (file for file in self.path.rglob("*") if file.suffix.lower() in SUFFIXES and not os.path.isdir(file))
+        return sorted(str(file.relative_to(self.path)) for file in found)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> dict[str, dict[str, Any]]:
+        return {self.column: {"bytes": None, "path": str(self.path / self.names[index])}}
+
+    def select(self, indices: range) -> "Folder":
+        return Folder(self.path, self.column, self.names[indices.start : indices.stop])
+
+
+class Sources:
+    """The pictures of rows, undecoded: the path of a file, or its bytes.
+
+    Args:
+        rows: with what ``datasets`` has for an undecoded picture.
+        column: of the pictures.
+        first: the number of the first row, for names.
+    """
+
+    def __init__(self, rows: Any, column: str, first: int = 0) -> None:
+        self.rows = rows if isinstance(rows, Folder) else rows.select_columns(column)
+        self.column, self.first = column, first
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> str | bytes:
+        return _source(self.rows[index][self.column])
+
+    def __iter__(self) -> Iterator[str | bytes]:
+        return (_source(row[self.column]) for row in self.rows)
+
+    def name(self, index: int) -> str:
+        """What a message calls a picture: its file or its row, in at most 40 characters."""
+        if isinstance(self.rows, Folder):
+            return list_names([self.rows.names[index]])
+        path = (self.rows[index][self.column] or {}).get("path")
+        return f"row {self.first + index}" + (f", {list_names([path])}" if path else "")
+
+
+def _source(cell: dict[str, Any] | None) -> str | bytes:
+    """What ``datasets`` has for an undecoded picture: bytes, or else a path."""
+    if cell is None:
+        return b""
+    return (cell["path"] or b"") if cell["bytes"] is None else cell["bytes"]
+
+
+def _read_parquet(path: Path) -> Any:
+    if not os.path.isfile(path):  # also where the name is too long for one
+        raise InputError(f"data.path: there is no file {shorten(path)}")
+    from datasets import load_dataset
+    from pyarrow import parquet
+
+    try:
+        parquet.read_metadata(path)  # first, since datasets would print more than a line
+        return load_dataset("parquet", data_files=str(path), split="train")
+    except Exception as error:
+        raise InputError(
+            f"data.path: got {shorten(path)}, a damaged parquet file ({first_line(error)}); expected {EXPECTED}"
+        ) from error
