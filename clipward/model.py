@@ -13,7 +13,6 @@ from torch import Tensor
 from clipward.diffusion.schedule import Schedule
 from clipward.errors import InputError
 from clipward.files import CHECKPOINTS, CONFIGS, SHIPPED
-from clipward.guidance.methods import METHODS
 from clipward.guidance.models import GuidanceConfig, GuidanceModels
 from clipward.networks.unet import UNet
 from clipward.sampler import Sampler, SamplingConfig, Watch
@@ -117,7 +116,8 @@ class Model:
         before = self.sampler.config
         self.sampler.config = replace(before, **sampling)
         try:
-            weight = METHODS[self.sampler.config.method].weight if guidance_weight is None else float(guidance_weight)
+            self.sampler.check()
+            weight = self.sampler.method.weight if guidance_weight is None else float(guidance_weight)
             requests = [
                 (sentence, each, weight if sentence else 0.0)
                 for sentence in texts or [""]

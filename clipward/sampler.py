@@ -16,8 +16,8 @@ from clipward.diffusion.sampling import sample as walk
 from clipward.diffusion.schedule import Schedule, SkipType, Step, time_travel
 from clipward.errors import InputError
 from clipward.guidance.core import Clamp, Guidance, GuidanceError, GuidanceInterval, GuidedDenoiser, RefuseFlat
-from clipward.guidance.methods import METHODS, Method, MethodName
-from clipward.guidance.models import GuidanceModels, fill_empty_texts
+from clipward.guidance.methods import AUTO, METHODS, Method, MethodName
+from clipward.guidance.models import GuidanceModels, choose_method, fill_empty_texts
 from clipward.networks.unet import UNet
 from clipward.weights.architecture import Architecture
 
@@ -29,7 +29,8 @@ class SamplingConfig:
     """How pictures are made.
 
     Args:
-        method: how the text guides.
+        method: how the text guides; ``auto`` takes what the given models allow: ``contrastive`` with a noise-aware
+            CLIP, else ``contrastive_denoised``.
         repeats: how often each step is taken, with the noise put back in between; the method's own by default.
         interval: the shares of T between which a text guides, such as 0.2 0.8; the method's own by default.
         candidates: pictures to draw for each request. The one that the CLIPs find nearest to its text is kept.
@@ -44,7 +45,7 @@ class SamplingConfig:
             another picture. 1 saves the memory, and pictures then depend on the micro-batch.
     """
 
-    method: MethodName = "clip_guidance"
+    method: MethodName = "auto"
     repeats: int | None = None
     interval: tuple[float, float] | None = None
     candidates: int = 1
@@ -65,8 +66,8 @@ class SamplingConfig:
             raise InputError(f"sampling.interval: got {self.interval}, expected two rising numbers from 0 to 1")
         if not 0 <= self.ddim_eta <= 1:
             raise InputError(f"ddim_eta: got {self.ddim_eta}, expected 0 to 1")
-        if self.method not in METHODS:
-            raise InputError(f"method: got {self.method!r}, expected one of {', '.join(METHODS)}")
+        if self.method != AUTO and self.method not in METHODS:
+            raise InputError(f"method: got {self.method!r}, expected auto or one of {', '.join(METHODS)}")
 
 
 class Sampler:
@@ -101,8 +102,13 @@ class Sampler:
         return self.network.conv_in.weight.device
 
     @property
+    def method_name(self) -> str:
+        """``config.method``, or what ``auto`` stands for."""
+        return choose_method(self.config.method, self.models.config)
+
+    @property
     def method(self) -> Method:
-        return METHODS[self.config.method]
+        return METHODS[self.method_name]
 
     @property
     def repeats(self) -> int:
@@ -129,6 +135,20 @@ class Sampler:
     def interval(self) -> tuple[float, float]:
         """The shares of T between which a text guides."""
         return self.config.interval or self.method.interval
+
+    @property
+    def _times(self) -> tuple[float, float]:
+        """The t above which, and up to which, a text guides."""
+        low, high = (share * len(self.schedule) for share in self.interval)
+        return (low if low > 0 else -1), high  # from 0 on, the last step is guided too
+
+    def check(self) -> None:
+        """Raise :class:`InputError` where the settings do not fit the model."""
+        low, high = self._times
+        if not any(low < step.t <= high for step in self.steps):
+            raise InputError(f"sampling.interval: no step lies in ({low:g}, {high:g}]; use a wider one")
+        if self.var_type == "learned_range" and not self.architecture.unet.learns_variance:
+            raise InputError("var_type: got learned_range, but the network has no variance; use fixed_small")
 
     def sample_in_chunks(
         self,
@@ -247,16 +267,18 @@ class Sampler:
     def _guided_denoiser(self, text: Sequence[str], guidance_weight: Sequence[float], noise: Noise) -> GuidedDenoiser:
         """What denoises one picture for each text and weight."""
         denoise = NetworkDenoiser(self.network, self.architecture.parametrisation, self.var_type)
-        guidances: list[Guidance] = [Clamp()] if self.clip_denoised else []
+        guidances: list[Guidance] = []
+        weight = torch.tensor(guidance_weight, device=self.device)
+        place = self.method.clamp if self.clip_denoised else "never"
+        if self.clip_denoised:
+            guidances.append(Clamp(None if place == "first" else weight == 0))
         if self._in_any_process(any(guidance_weight)):
-            weight = torch.tensor(guidance_weight, device=self.device)
             objectives = self.models.objectives(self.method, text, noise, self.device)
-            low, high = (share * len(self.schedule) for share in self.interval)
-            low = low if low > 0 else -1  # guide the last step too
-            if not any(low < step.t <= high for step in self.steps):
-                raise InputError(f"sampling.interval: no step lies in ({low:g}, {high:g}]; use a wider one")
+            low, high = self._times
             for guidance in (RefuseFlat(weight), *self.method.guide(objectives, weight)):
                 guidances.append(GuidanceInterval(guidance, low, high))
+        if place == "last":
+            guidances.append(Clamp(weight != 0))
         halved = torch.is_autocast_enabled(self.device.type) or self.network.conv_in.weight.dtype != torch.float32
         halved = halved and self._any_process is None  # a sharded network would have to be computed again everywhere
         return GuidedDenoiser(denoise, guidances, self._in_float32 if halved else None)
@@ -287,7 +309,7 @@ class Sampler:
         """How pictures are made, for the record."""
         config = self.config
         return {
-            "method": config.method,
+            "method": self.method_name,
             "steps": config.skip_steps,
             "repeats": self.repeats,
             "candidates": config.candidates,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipward.diffusion.denoiser import Prediction, to_eps
+from clipward.diffusion.denoiser import Prediction, add_noise, to_eps
 from clipward.diffusion.sampling import Noise, ancestral, ddim, sample
 from clipward.diffusion.schedule import Schedule, Step
 from clipward.guidance.core import (
@@ -127,11 +127,11 @@ def test_shift_eps_is_the_whole_guidance_of_ddim_by_dhariwal_and_nichol(moment) 
     torch.testing.assert_close(ddim(0.0)(x, shift_eps(pred, g, step), step, lambda: no_noise(x)), theirs)
 
 
-def test_shift_x0_moves_the_picture_alone(moment) -> None:
-    step, _, pred, g = moment
+def test_shift_x0_moves_the_picture_and_leaves_x_t(moment) -> None:
+    step, x, pred, g = moment
     shifted = shift_x0(pred, g, step)
     torch.testing.assert_close(shifted.x0 - pred.x0, g)
-    assert shifted.eps is pred.eps
+    torch.testing.assert_close(add_noise(shifted.x0, shifted.eps, step.alpha_bar_t), x)
 
 
 def test_the_three_gradients_agree_up_to_the_jacobian(moment) -> None:

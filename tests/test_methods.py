@@ -14,7 +14,14 @@ from clipward.diffusion.sampling import Noise, ancestral
 from clipward.diffusion.schedule import Schedule
 from clipward.guidance.core import Clamp, GuidedDenoiser
 from clipward.guidance.methods import METHODS
-from clipward.guidance.objectives import ClassifierLogLikelihood, ClipSimilarity, Ensemble, Objectives, Scaled
+from clipward.guidance.objectives import (
+    ClassifierLogLikelihood,
+    ClipDistance,
+    ClipSimilarity,
+    Ensemble,
+    Objectives,
+    Scaled,
+)
 from clipward.networks.classifier import Classifier
 from clipward.networks.clip import Clip, make_noise_aware
 from clipward.networks.noise_level import with_noise_level
@@ -46,7 +53,8 @@ def step_of(
     x, noise = drawn
     if objectives is None:
         cosine = Ensemble([ClipSimilarity(clip, TEXTS, noisy)], [1.0])
-        objectives = Objectives(Scaled(cosine, cosine.logit_scale), NOISE, cosine)
+        distance = ClipDistance(clip, TEXTS)
+        objectives = Objectives(Scaled(cosine, cosine.logit_scale), NOISE, cosine, distance)
     guidances = [Clamp()] * clamp + METHODS[method].guide(objectives, weight)
     denoise = GuidedDenoiser(NetworkDenoiser(NETWORK, "eps", "fixed_small"), guidances)
     step = Schedule.from_name("linear").step(T, S)
@@ -166,17 +174,20 @@ def moved(method: str, clip: Clip, drawn: tuple[Tensor, Tensor], expected: Tenso
     assert (expected - walk.plain).abs().amax(dim=(1, 2, 3)).min() > 1e-4
 
 
+def views_of(x: Tensor) -> list[Tensor]:
+    """A picture, its mirror image, and both shifted by a 32nd of 24 pixels, which is less than one: by one."""
+    rows = torch.arange(24)
+    down, up = ((rows + 1).clamp(max=23), (rows - 1).clamp(min=0))
+    mirrored = x[..., range(23, -1, -1)]
+    return [x, mirrored, x[..., down, :][..., down], mirrored[..., up, :][..., up]]
+
+
 def noisy_gradient(clip: Clip, x: Tensor, views: bool = False) -> Tensor:
     """Makes ``clip`` noise-aware, and takes the gradient of its logit at x_t, or of its mean over four views."""
     randomise(make_noise_aware(clip.model), seed=4)
     clip.noise_aware = True
     x = x.clone().requires_grad_()
-    seen = [x]
-    if views:
-        rows = torch.arange(24)
-        down, up = ((rows + 1).clamp(max=23), (rows - 1).clamp(min=0))  # a 32nd of 24 is less than a pixel: one
-        mirrored = x[..., range(23, -1, -1)]
-        seen += [mirrored, x[..., down, :][..., down], mirrored[..., up, :][..., up]]
+    seen = views_of(x) if views else [x]
     return torch.autograd.grad(sum(logit(view, clip, AT).sum() for view in seen) / len(seen), x)[0]
 
 
@@ -219,43 +230,74 @@ def test_dps_divides_the_gradient_of_the_square_by_the_residual(drawn, tiny_clip
     moved("dps", clip, drawn, walk.plain - by(PLAIN) * gradient, walk)
 
 
+def raw_distance(image: Tensor, clip: Clip) -> Tensor:
+    """‖E_image − E_text‖ of features as CLIP puts them out."""
+    text = clip.model.encode_text(clip.tokenizer(TEXTS))
+    return (clip.model.encode_image(pixels_of(image, clip)) - text).norm(dim=-1)
+
+
+def rho(walk: Walk, gradient: Tensor, i: int) -> Tensor:
+    """What FreeDoM's and MPGD's code multiplies a gradient by, before their scale."""
+    c1 = AS**0.5 * (1 - AT / AS) / (1 - AT)
+    l1 = (walk.eps[i] * walk.eps[i]).mean().sqrt() * (1 - AT) ** 0.5 / AT**0.5 * c1
+    return l1 / (gradient[i] * gradient[i]).mean().sqrt()
+
+
 def test_freedom_steps_by_the_noise_over_the_gradient_image_by_image(drawn, tiny_clip: Path) -> None:
     clip, walk, expected = Clip.load(str(tiny_clip)), Walk(drawn), []
-    gradient = walk.gradient(distance(walk.x0, clip))
+    gradient = walk.gradient(raw_distance(walk.x0, clip))
     for i, weight in enumerate(PLAIN):
-        c1 = AS**0.5 * (1 - AT / AS) / (1 - AT)
-        l1 = (walk.eps[i] * walk.eps[i]).mean().sqrt() * (1 - AT) ** 0.5 / AT**0.5 * c1
-        rho = 0.02 * l1 / (gradient[i] * gradient[i]).mean().sqrt()
-        expected.append(walk.plain[i] - weight * rho * gradient[i])
+        expected.append(walk.plain[i] - weight * 0.02 * rho(walk, gradient, i) * gradient[i])
     moved("freedom", clip, drawn, torch.stack(expected), walk)
+    assert METHODS["freedom"].clamp == "never"
 
 
-def test_mpgd_moves_x0_by_the_gradient_there_until_late(drawn, tiny_clip: Path) -> None:
-    clip, walk = Clip.load(str(tiny_clip)), Walk(drawn)
+def test_mpgd_moves_x0_by_the_gradient_there_and_eps_with_it_until_late(drawn, tiny_clip: Path) -> None:
+    clip, walk, moves = Clip.load(str(tiny_clip)), Walk(drawn), []
     x0 = walk.x0.detach().requires_grad_()
-    gradient = walk.gradient(distance(x0, clip), x0)
-    expected = walk.with_prediction(x0 - 10 * by(PLAIN) / AS**0.5 * gradient, walk.eps)
-    moved("mpgd", clip, drawn, expected, walk, weight=10 * PLAIN)
-    assert METHODS["mpgd"].interval == (0.1, 1)
+    gradient = walk.gradient(raw_distance(x0, clip), x0)
+    for i, weight in enumerate(PLAIN):
+        moves.append(weight * rho(walk, gradient, i) / AS**0.5 * gradient[i])
+    found = walk.x0 - torch.stack(moves)
+    expected = walk.with_prediction(found, (drawn[0] - AT**0.5 * found) / (1 - AT) ** 0.5)
+    moved("mpgd", clip, drawn, expected, walk)
+    assert (METHODS["mpgd"].interval, METHODS["mpgd"].clamp) == ((0.1, 1), "never")
 
 
-def test_universal_guidance_goes_forward_then_backward(drawn, tiny_clip: Path) -> None:
+def test_dsg_turns_the_noise_and_keeps_its_length(drawn, tiny_clip: Path) -> None:
+    clip, walk, expected = Clip.load(str(tiny_clip)), Walk(drawn), []
+    gradient = walk.gradient(raw_distance(walk.x0, clip))
+    mean, sigma = walk.plain - walk.variance**0.5 * walk.noise, walk.variance**0.5
+    for i, weight in enumerate(PLAIN):
+        radius = (3 * 24 * 24) ** 0.5 * sigma
+        best, sample = -radius * gradient[i] / gradient[i].norm(), sigma * walk.noise[i]
+        mixed = sample + 0.05 * weight * (best - sample)
+        expected.append(mean[i] + radius * mixed / mixed.norm())
+    cosine_of = Ensemble([ClipSimilarity(clip, TEXTS)], [1.0])
+    by_number = {0: walk.noise}
+    objectives = Objectives(cosine_of, by_number.__getitem__, cosine_of, ClipDistance(clip, TEXTS))
+    moved("dsg", clip, drawn, torch.stack(expected), walk, objectives=objectives)
+
+
+def test_universal_guidance_is_score_addition_clamped_after_it(drawn, tiny_clip: Path) -> None:
     clip, walk = Clip.load(str(tiny_clip)), Walk(drawn)
-    eps = walk.eps - 2 * by(PLAIN) * (1 - AT) ** 0.5 * walk.gradient(logit(walk.x0, clip))
+    eps = walk.eps - 5 * by(PLAIN) * (1 - AT) ** 0.5 * walk.gradient(logit(walk.x0, clip))
     x0 = ((drawn[0] - (1 - AT) ** 0.5 * eps) / AT**0.5).detach()
-    found = x0.clone().requires_grad_()
-    pictures = [found[i : i + 1].detach().requires_grad_() for i in range(2)]
-    for which, picture in enumerate(pictures):
-        optimiser = torch.optim.Adam([picture], lr=0.01 * PLAIN[which].item())
-        for _ in range(3):
-            optimiser.zero_grad()
-            (-logit(picture.expand(2, -1, -1, -1), clip)[which]).backward()
-            optimiser.step()
-    found = torch.cat(pictures).detach()
-    delta = found - x0
-    expected = walk.with_prediction(found, eps - (AT / (1 - AT)) ** 0.5 * delta)
-    assert METHODS["universal"].repeats == 5
-    moved("universal", clip, drawn, expected, walk)
+    moved("universal", clip, drawn, walk.with_prediction(x0, eps), walk)
+    assert (METHODS["universal"].repeats, METHODS["universal"].clamp) == (5, "last")
+
+
+@pytest.mark.parametrize("weight", [0.2, 1e4])
+def test_contrastive_denoised_goes_through_the_network_up_to_a_twentieth_of_the_noise(
+    drawn, tiny_clip: Path, weight: float
+) -> None:
+    clip, walk = Clip.load(str(tiny_clip)), Walk(drawn)
+    gradient = walk.gradient(sum(logit(view, clip) for view in views_of(walk.x0)) / 4)
+    move = by(weight * PLAIN) * walk.variance * gradient
+    share = move.square().mean(dim=(1, 2, 3), keepdim=True).sqrt() / walk.variance**0.5
+    assert (share > 0.05).all() == (weight > 1)
+    expected = walk.plain + move * (0.05 / share).clamp(max=1)
+    moved("contrastive_denoised", clip, drawn, expected, walk, weight=weight * PLAIN)
 
 
 def test_lgd_mc_smooths_the_loss_over_what_x0_may_be(drawn, tiny_clip: Path) -> None:

@@ -59,7 +59,7 @@ def test_a_model_that_fit_made(tmp_path: Path, tiny_clip: Path) -> None:
         (lambda model: model.sample("a man", skip_steps=0), "skip_steps: got 0, expected 1 to 100"),
         (lambda model: model.sample("a man"), "clip: got none"),
         (lambda model: clipward.load("nothing.pt"), "weights: .*nothing.pt"),
-        (lambda model: clipward.load("faces64", method="magic"), "method: got 'magic', expected one of"),
+        (lambda model: clipward.load("faces64", method="magic"), "method: got 'magic', expected auto or one of"),
     ],
 )
 def test_bad_input_is_one_line(call, message: str, tiny_weights: Path) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -54,6 +55,7 @@ def sample(denoise: Denoiser, steps: Sequence[Step], update: Update, noise: Nois
     """Walk ``steps`` from pure noise, yielding after each. The last ``x`` is the picture, in about [-1, 1]."""
     x = noise(0)
     for k, step in enumerate(steps, start=1):
+        step = replace(step, number=k)
         if step.s > step.t:
             keep = step.alpha_bar_s / step.alpha_bar_t
             x = keep**0.5 * x + (1 - keep) ** 0.5 * noise(k)

@@ -35,6 +35,7 @@ class Step:
         s: where it goes.
         alpha_bar_t: ᾱ_t.
         alpha_bar_s: ᾱ_s.
+        number: its place in a walk, from 1, which names its noise; 0 outside a walk.
         variance_floor: at the last step, the posterior variance of the step before, from which a learned range starts
             where the posterior has none of its own (guided-diffusion's ``posterior_variance[1]``).
     """
@@ -43,6 +44,7 @@ class Step:
     s: int
     alpha_bar_t: float
     alpha_bar_s: float
+    number: int = 0
     variance_floor: float = 1e-20
 
     @property

@@ -3,14 +3,14 @@
 Every published formula is a shift of a :class:`Prediction`, so the sampler never knows that it is guided. With
 g ≈ ∇ log p(y | ·) and a weight w per image:
 
-============  ====================  ===============  =====================================================
-shift         x0 gains              eps gains        equals
-============  ====================  ===============  =====================================================
-shift_mean    w·σ_t²·g / √ᾱ_s       0                μ + w·σ_t²·g: CLIP guidance; Dhariwal & Nichol, Alg. 1
-shift_eps     w·(1−ᾱ_t)/√ᾱ_t·g      −w·√(1−ᾱ_t)·g    score addition; Dhariwal & Nichol 2021, Alg. 2
-shift_sample  w·g / √ᾱ_s            0                x_s + w·g: DPS, FreeDoM, Polyak steps
-shift_x0      w·g                   0                MPGD (He et al. 2023)
-============  ====================  ===============  =====================================================
+============  ====================  ====================  =====================================================
+shift         x0 gains              eps gains             equals
+============  ====================  ====================  =====================================================
+shift_mean    w·σ_t²·g / √ᾱ_s       0                     μ + w·σ_t²·g: CLIP guidance; Dhariwal & Nichol, Alg. 1
+shift_eps     w·(1−ᾱ_t)/√ᾱ_t·g      −w·√(1−ᾱ_t)·g         score addition; Dhariwal & Nichol 2021, Alg. 2
+shift_sample  w·g / √ᾱ_s            0                     x_s + w·g: DPS, FreeDoM, Polyak steps
+shift_x0      w·g                   −w·√(ᾱ_t/(1−ᾱ_t))·g   MPGD (He et al. 2023)
+============  ====================  ====================  =====================================================
 
 ``shift_mean`` injects σ_t²·g whatever the update does, and σ_t² is the model's, so DDIM with η = 0 still guides;
 without the fresh noise it guides about twice as hard as at η = 1. Over few steps it guides too little, because the
@@ -125,14 +125,24 @@ class Clamp:
     """Clamp x̂0 to [-1, 1] and keep eps consistent with it, as guided-diffusion does.
 
     What it saturates has no gradient further down the list.
+
+    Args:
+        images: (B,) whose x̂0 is clamped; all by default.
     """
+
+    def __init__(self, images: Tensor | None = None) -> None:
+        self.images = images
 
     def needs_graph(self, step: Step) -> bool:
         return False
 
     def __call__(self, pred: Prediction, x: Tensor, step: Step) -> Prediction:
         x0 = pred.x0.clamp(-1, 1)
-        return pred._replace(x0=x0, eps=to_eps(x0, x, step.alpha_bar_t))
+        eps = to_eps(x0, x, step.alpha_bar_t)
+        if self.images is not None:
+            chosen = self.images[:, None, None, None]
+            x0, eps = torch.where(chosen, x0, pred.x0), torch.where(chosen, eps, pred.eps)
+        return pred._replace(x0=x0, eps=eps)
 
 
 class RefuseFlat:
@@ -255,8 +265,9 @@ def shift_sample(pred: Prediction, direction: Tensor, step: Step) -> Prediction:
 
 
 def shift_x0(pred: Prediction, direction: Tensor, step: Step) -> Prediction:
-    """Move the predicted picture by the direction."""
-    return pred._replace(x0=pred.x0 + direction)
+    """Move the predicted picture by the direction, and eps so that x_t stays what it is."""
+    eps = pred.eps - (step.alpha_bar_t / (1 - step.alpha_bar_t)) ** 0.5 * direction
+    return pred._replace(x0=pred.x0 + direction, eps=eps)
 
 
 # how strong, beside the weight: (g, pred, step) -> a factor, (B, 1, 1, 1) or a number
@@ -309,40 +320,59 @@ class GradientGuidance(Generic[AnyObjective]):
 
 @dataclass(frozen=True)
 class GradientAscent:
-    """Several steps of gradient ascent from x̂0, by which x̂0 moves; eps stays, or follows so that x_t stays as it is.
+    """Several steps of gradient ascent from x̂0, by which x̂0 moves; eps stays.
 
     Args:
         objective: what is raised.
-        weight: (B,) length of a step; 0 leaves an image as it is.
+        weight: (B,) what a gradient is multiplied by to be a step; 0 leaves an image as it is.
         count: of steps.
-        adam: whether a step is Adam's, of about ``weight`` a pixel, in place of ``weight`` times the gradient.
-        eps_follows: eps moves by −√(ᾱ_t/(1−ᾱ_t)) times what x̂0 does (Bansal et al. 2023, eq. 9).
     """
 
     objective: Objective
     weight: Tensor
     count: int
-    adam: bool = False
-    eps_follows: bool = False
 
     def needs_graph(self, step: Step) -> bool:
         return False
 
     def __call__(self, pred: Prediction, x: Tensor, step: Step) -> Prediction:
-        rate, guided = self.weight[:, None, None, None], self.weight != 0
+        rate, guided = self.weight[:, None, None, None], (self.weight != 0)[:, None, None, None]
         x0 = pred.x0.detach()
-        mean, square = torch.zeros_like(x0), torch.zeros_like(x0)
-        for i in range(1, self.count + 1):
+        for _ in range(self.count):
             g = refuse_zero(_gradient(self.objective, x0.clone().requires_grad_(), step))
-            if self.adam:
-                mean, square = 0.9 * mean + 0.1 * g, 0.999 * square + 0.001 * g**2
-                g = (mean / (1 - 0.9**i)) / ((square / (1 - 0.999**i)).sqrt() + 1e-8)
-            x0 = torch.where(guided[:, None, None, None], x0 + rate * g, x0)
-        move = x0 - pred.x0.detach()
-        eps = pred.eps
-        if self.eps_follows:
-            eps = eps - (step.alpha_bar_t / (1 - step.alpha_bar_t)) ** 0.5 * move
-        return pred._replace(x0=pred.x0 + move, eps=eps)
+            x0 = torch.where(guided, x0 + rate * g, x0)
+        return pred._replace(x0=pred.x0 + (x0 - pred.x0.detach()))
+
+
+@dataclass(frozen=True)
+class SphericalGuidance:
+    """Turn the noise of a step towards the gradient and keep its length, √n·σ_t (Yang et al. 2024, DSG, eq. 13).
+
+    It belongs to DDPM's steps, whose noise it turns; a step without noise is not guided.
+
+    Args:
+        objective: what is raised.
+        rate: (B,) from 0, the noise as it was drawn, to 1, the direction of the gradient alone.
+        gradient: where the gradient is taken.
+        noise: (B, C, H, W), the draw of a step, by its number in the walk.
+    """
+
+    objective: Objective
+    rate: Tensor
+    gradient: Gradient[Objective]
+    noise: Callable[[int], Tensor]
+
+    def needs_graph(self, step: Step) -> bool:
+        return self.gradient.needs_graph
+
+    def __call__(self, pred: Prediction, x: Tensor, step: Step) -> Prediction:
+        g = refuse_zero(self.gradient(self.objective, pred, x, step))
+        drawn = pred.variance.sqrt() * self.noise(step.number)
+        radius = pred.variance.sqrt()  # of both, as root mean squares
+        mixed = drawn + self.rate[:, None, None, None] * (radius * g / rms(g) - drawn)
+        turned = radius * mixed / rms(mixed).clamp(min=1e-20)
+        move = torch.where((self.rate != 0)[:, None, None, None], turned - drawn, 0)
+        return pred._replace(x0=pred.x0 + move / step.alpha_bar_s**0.5)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from clipward.guidance.core import (
     GradientAscent,
     GradientGuidance,
     Guidance,
+    SphericalGuidance,
     Sum,
     grad_blended,
     grad_clean,
@@ -45,6 +46,7 @@ from clipward.guidance.objectives import (
 Guide = Callable[[Objectives, Tensor], list[Guidance]]
 GuidedBy = Literal["clip", "noisy clip", "classifier"]
 Unit = Literal["cosine", "log-likelihood", "step"]
+Clamping = Literal["first", "last", "never"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Method:
         repeats: how often each step is walked, with the noise put back in between (recurrence, time travel).
         guided_by: the kind of model whose gradient it takes.
         contrast: whether the log-likelihood of a text is taken against its contrast captions, where it has any.
+        clamp: where x̂0 is clamped to [-1, 1], in models that clamp it: before the guidance, after it, or not at all.
         interval: the shares of T between which it guides.
     """
 
@@ -67,6 +70,7 @@ class Method:
     repeats: int = 1
     guided_by: GuidedBy = "clip"
     contrast: bool = False
+    clamp: Clamping = "first"
     interval: tuple[float, float] = (0.0, 1.0)
 
 
@@ -119,6 +123,16 @@ def contrastive(objectives: Objectives, weight: Tensor) -> list[Guidance]:
     return [GradientGuidance(Views(objectives.log_likelihood), weight, grad_noisy, shift_mean, limit=0.05)]
 
 
+@method("log-likelihood", 80, contrast=True)
+def contrastive_denoised(objectives: Objectives, weight: Tensor) -> list[Guidance]:
+    """μ + w·σ_t²·∇_{x_t} log p(y | x̂0(x_t)) with any CLIP, through the U-Net, over four views, limited as above.
+
+    Ours: ``contrastive`` for a CLIP that has seen clean pictures only. The U-Net's Jacobian turns the gradient at x̂0
+    into one at x_t, at the cost of a backward pass.
+    """
+    return [GradientGuidance(Views(objectives.log_likelihood), weight, grad_denoised, shift_mean, limit=0.05)]
+
+
 @method("log-likelihood", 10, guided_by="classifier")
 def classifier_guidance(objectives: Objectives, weight: Tensor) -> list[Guidance]:
     """μ + w·σ_t²·∇_{x_t} log p(y | x_t) with a noise-aware classifier (Dhariwal & Nichol 2021, Alg. 1)."""
@@ -131,32 +145,42 @@ def dps(objectives: Objectives, weight: Tensor) -> list[Guidance]:
     return [GradientGuidance(Distance(objectives.cosine), 2 * weight, grad_denoised, shift_sample)]
 
 
-@method("step", 1)
+def freedom_step(g: Tensor, pred: Prediction, step: Step) -> Tensor:
+    """rms(ε)·√(1−ᾱ_t)/√ᾱ_t·c1/rms(g): as much as ε moves the mean of x_s (Yu et al. 2023, and their code)."""
+    c1 = step.alpha_bar_s**0.5 * step.beta / (1 - step.alpha_bar_t)
+    return rms(pred.eps) * ((1 - step.alpha_bar_t) / step.alpha_bar_t) ** 0.5 * c1 / rms(g).clamp(min=1e-20)
+
+
+@method("step", 1, clamp="never")
 def freedom(objectives: Objectives, weight: Tensor) -> list[Guidance]:
-    """x_s − ρ·∇_{x_t}‖E_image(x̂0) − E_text‖, ρ in proportion to the noise over the gradient (Yu et al. 2023)."""
+    """x_s − 0.02·ρ·∇_{x_t}‖E_image(x̂0) − E_text‖, with ρ by :func:`freedom_step` (Yu et al. 2023)."""
+    return [GradientGuidance(objectives.distance, 0.02 * weight, grad_denoised, shift_sample, freedom_step)]
+
+
+@method("step", 1, interval=(0.1, 1), clamp="never")
+def mpgd(objectives: Objectives, weight: Tensor) -> list[Guidance]:
+    """x̂0 − (ρ/√ᾱ_s)·∇_{x̂0}‖E_image(x̂0) − E_text‖, with ρ by :func:`freedom_step`, to T/10 (He et al. 2023)."""
 
     def rho(g: Tensor, pred: Prediction, step: Step) -> Tensor:
-        c1 = step.alpha_bar_s**0.5 * step.beta / (1 - step.alpha_bar_t)
-        return 0.02 * rms(pred.eps) * ((1 - step.alpha_bar_t) / step.alpha_bar_t) ** 0.5 * c1 / rms(g).clamp(min=1e-20)
+        return freedom_step(g, pred, step) / step.alpha_bar_s**0.5
 
-    return [GradientGuidance(Distance(objectives.cosine), weight, grad_denoised, shift_sample, rho)]
+    return [GradientGuidance(objectives.distance, weight, grad_clean, shift_x0, rho)]
 
 
 @method("step", 1, interval=(0.1, 1))
-def mpgd(objectives: Objectives, weight: Tensor) -> list[Guidance]:
-    """x̂0 − (ρ/√ᾱ_s)·∇_{x̂0}‖E_image(x̂0) − E_text‖ with ρ = 1, down to t = T/10 (He et al. 2023)."""
-
-    def over_root(g: Tensor, pred: Prediction, step: Step) -> float:
-        return step.alpha_bar_s**-0.5
-
-    return [GradientGuidance(Distance(objectives.cosine), weight, grad_clean, shift_x0, over_root)]
+def dsg(objectives: Objectives, weight: Tensor) -> list[Guidance]:
+    """The noise of a step, turned by 0.05 towards −∇_{x_t}‖E_image(x̂0) − E_text‖, to T/10 (Yang et al. 2024)."""
+    rate = (0.05 * weight).clamp(max=1)
+    return [SphericalGuidance(objectives.distance, rate, grad_denoised, objectives.noise)]
 
 
-@method("step", 1, repeats=5)
+@method("step", 1, repeats=5, clamp="last")
 def universal(objectives: Objectives, weight: Tensor) -> list[Guidance]:
-    """Score addition with w = 2, then Adam on x̂0, each step five times (Bansal et al. 2023, Alg. 1)."""
-    forward = GradientGuidance(objectives.log_likelihood, 2 * weight, grad_denoised, shift_eps)
-    return [forward, GradientAscent(objectives.log_likelihood, 0.01 * weight, count=3, adam=True, eps_follows=True)]
+    """Score addition with w = 5, each step five times, clamped after it (Bansal et al. 2023, Alg. 1, for CLIP).
+
+    For CLIP its authors take no backward steps on x̂0.
+    """
+    return [GradientGuidance(objectives.log_likelihood, 5 * weight, grad_denoised, shift_eps)]
 
 
 @method("log-likelihood", 1)
@@ -207,4 +231,5 @@ def cutouts(objectives: Objectives, weight: Tensor) -> list[Guidance]:
     return [Sum(parts)]
 
 
-MethodName = Literal[*METHODS]  # type: ignore[valid-type]  # only known when the program runs
+AUTO = "auto"  # takes what the given models allow, see clipward.guidance.models.choose_method
+MethodName = Literal[AUTO, *METHODS]  # type: ignore[valid-type]  # only known when the program runs

@@ -11,9 +11,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from clipward.errors import InputError
 from clipward.files import state_hash
 from clipward.guidance.contrasts import load_contrasts
-from clipward.guidance.methods import GuidedBy, Method
+from clipward.guidance.methods import AUTO, GuidedBy, Method
 from clipward.guidance.objectives import (
     ClassifierLogLikelihood,
+    ClipDistance,
     ClipSimilarity,
     ContrastiveLogLikelihood,
     Ensemble,
@@ -61,6 +62,26 @@ class GuidanceConfig:
     def clips(self) -> list[str]:
         """The names of the CLIPs, also of a single one."""
         return [self.clip] if isinstance(self.clip, str) else list(self.clip or [])
+
+
+def choose_method(name: str, config: GuidanceConfig) -> str:
+    """The name of a method: ``name`` itself, or for ``auto`` what the models allow.
+
+    That is ``contrastive`` with a noise-aware CLIP, ``contrastive_denoised`` with CLIPs of clean pictures, and
+    ``classifier_guidance`` with a classifier alone.
+    """
+    if name != AUTO:
+        return name
+    if config.noisy_clip is not None:
+        return "contrastive"
+    return "classifier_guidance" if config.classifier is not None and not config.clips else "contrastive_denoised"
+
+
+REASONS = {  # why auto took a method, and what would be better
+    "contrastive": "by the noise-aware CLIP",
+    "contrastive_denoised": "as no noise-aware CLIP is given; `clipward fit -c noisy_clip` makes one and halves the passes",
+    "classifier_guidance": "by the noise-aware classifier",
+}
 
 
 class GuidanceModels:
@@ -160,7 +181,8 @@ class GuidanceModels:
                 ContrastiveLogLikelihood(clip, texts, self.contrasts, self.config.neutral, noisy) for clip in clips
             ]
             log_likelihood = Ensemble(parts, weights)
-        return Objectives(log_likelihood, noise, cosine)
+        distance = Ensemble([ClipDistance(clip, texts) for clip in clips], weights)
+        return Objectives(log_likelihood, noise, cosine, distance)
 
     def provenance(self, method: Method) -> dict[str, Any]:
         """Names and hashes of what has a part in a picture; a model that is not loaded has no hash."""

@@ -17,7 +17,7 @@ from clipward.networks.classifier import Classifier
 from clipward.networks.clip import Clip, preprocess
 from clipward.networks.vocabulary import check_attributes
 
-NamedNoise = Callable[[str], Tensor]
+NamedNoise = Callable[[int | str], Tensor]
 
 NONE = -1e4  # a logit that no exponential knows from −∞, and whose gradient is a number
 
@@ -50,6 +50,22 @@ class ClipSimilarity:
             similarity = (self.clip.encode_pixels(pixels) * self.text_features).sum()
             gradient = torch.autograd.grad(similarity, pixels)[0]
         return F.interpolate(gradient, image.shape[-2:], mode="bilinear", antialias=True, align_corners=False)
+
+
+class ClipDistance:
+    """−‖E_image(image) − E_text(text)‖ of CLIP's own features, which are not of unit length (FreeDoM, MPGD).
+
+    Args:
+        clip: what scores.
+        texts: one per image of the batch.
+    """
+
+    def __init__(self, clip: Clip, texts: Sequence[str]) -> None:
+        self.clip, self.text_features = clip, clip.encode_text(texts, normalise=False)  # (B, D)
+
+    def __call__(self, image: Tensor, step: Step) -> Tensor:
+        difference = self.clip.encode_image(image, normalise=False) - self.text_features
+        return -difference.square().sum(dim=-1).clamp(min=1e-12).sqrt()
 
 
 class Ensemble:
@@ -87,17 +103,25 @@ class Objectives:
         log_likelihood: log p(text | image), up to a constant, as the guiding model was trained to know it.
         noise: for the name of a draw, (B, C, H, W) of standard normal noise that belongs to the images.
         similarity: the cosine between each picture and its text; a classifier has none.
+        feature_distance: minus the distance between the features of each picture and its text; a classifier has none.
     """
 
     log_likelihood: Objective
     noise: NamedNoise
     similarity: Ensemble | None = None
+    feature_distance: Objective | None = None
 
     @property
     def cosine(self) -> Ensemble:
         if self.similarity is None:
             raise TypeError("a classifier has no cosine")
         return self.similarity
+
+    @property
+    def distance(self) -> Objective:
+        if self.feature_distance is None:
+            raise TypeError("a classifier has no features of a text")
+        return self.feature_distance
 
 
 class Scaled:

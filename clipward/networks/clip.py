@@ -126,8 +126,8 @@ class Clip:
         self._hash = self._hash or state_hash(self.model.state_dict())
 
     @torch.no_grad()
-    def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """(N, D), of unit length; each text is encoded once and kept.
+    def encode_text(self, texts: Sequence[str], normalise: bool = True) -> Tensor:
+        """(N, D), of unit length unless ``normalise`` is False; each text is encoded once and kept.
 
         Raises:
             InputError: where a text is empty or longer than the context.
@@ -138,8 +138,9 @@ class Clip:
                 self._check_length(text)
                 with torch.autocast(device.type, enabled=False):
                     features = self.model.encode_text(self.tokenizer([text]).to(device))
-                self._texts[text] = F.normalize(features.float(), dim=-1)[0]
-        return torch.stack([self._texts[text].to(device) for text in texts])
+                self._texts[text] = features.float()[0]
+        found = torch.stack([self._texts[text].to(device) for text in texts])
+        return F.normalize(found, dim=-1) if normalise else found
 
     def _check_length(self, text: str) -> None:
         if not text.strip():
@@ -154,14 +155,14 @@ class Clip:
                 f"text: {text!r} is {over} tokens too long for this CLIP, which reads {self.context_length}"
             )
 
-    def encode_image(self, image: Tensor, alpha_bar: Tensor | float = 1.0) -> Tensor:
-        """(B, C, H, W) in [-1, 1] -> (B, D), of unit length, differentiable, in float32.
+    def encode_image(self, image: Tensor, alpha_bar: Tensor | float = 1.0, normalise: bool = True) -> Tensor:
+        """(B, C, H, W) in [-1, 1] -> (B, D), of unit length unless ``normalise`` is False; differentiable, float32.
 
         A noise-aware model takes x_t, and ``alpha_bar`` of its t, one for all or (B,); another model ignores the level.
         """
-        return self.encode_pixels(preprocess(image.float(), self.preprocess), alpha_bar)
+        return self.encode_pixels(preprocess(image.float(), self.preprocess), alpha_bar, normalise)
 
-    def encode_pixels(self, pixels: Tensor, alpha_bar: Tensor | float = 1.0) -> Tensor:
+    def encode_pixels(self, pixels: Tensor, alpha_bar: Tensor | float = 1.0, normalise: bool = True) -> Tensor:
         """The same of what :func:`preprocess` returns."""
         encode = self.model.encode_image
         if self.noise_aware:
@@ -169,7 +170,7 @@ class Clip:
         with torch.autocast(pixels.device.type, enabled=False):
             recompute = self.checkpointing and torch.is_grad_enabled()
             features = checkpoint(encode, pixels, use_reentrant=False) if recompute else encode(pixels)
-            return F.normalize(features.float(), dim=-1)
+            return F.normalize(features.float(), dim=-1) if normalise else features.float()
 
 
 def _from_openai(file: Path) -> Any:
