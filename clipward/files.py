@@ -13,7 +13,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from clipward.errors import InputError
+from clipward.errors import InputError, first_line, shorten
 
 CONFIGS, CHECKPOINTS = (Path(str(resources.files(f"clipward.{room}"))) for room in ("configs", "checkpoints"))
 SHIPPED = "clipward:"  # before the name of something that ships
@@ -56,11 +56,16 @@ def to_storable(state: dict[str, Tensor], half: bool = False) -> dict[str, Tenso
     return {k: (v.half() if half else v).detach().contiguous().cpu() for k, v in state.items()}
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> Any:
+    """What a JSON file of a folder of weights holds.
+
+    Raises:
+        InputError: where it can't be read.
+    """
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"weights: {path} is no JSON ({error})") from error
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"weights: {shorten(path)} can't be read as JSON ({first_line(error)})") from error
 
 
 def read_safetensors(path: Path, field: str) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -70,12 +75,12 @@ def read_safetensors(path: Path, field: str) -> tuple[dict[str, str], dict[str, 
         InputError: where the file is missing or damaged.
     """
     if not path.is_file():
-        raise InputError(f"{field}: there is no file {path}")
+        raise InputError(f"{field}: there is no file {shorten(path)}")
     try:
         with safe_open(path, "pt") as file:
             return file.metadata() or {}, {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{field}: {path} is no safetensors file, or a damaged one ({error})") from error
+        raise InputError(f"{field}: {shorten(path)} is damaged or no safetensors file ({first_line(error)})") from error
 
 
 def state_hash(state: dict[str, Tensor]) -> str:

@@ -13,8 +13,8 @@ from clipward.diffusion.denoiser import Parametrisation, add_noise, to_x0, train
 from clipward.errors import InputError
 from clipward.files import state_hash
 from clipward.guidance.core import GuidanceError
-from clipward.guidance.methods import METHODS
-from clipward.guidance.models import GuidanceConfig, GuidanceModels
+from clipward.guidance.methods import AUTO, METHODS
+from clipward.guidance.models import REASONS, GuidanceConfig, GuidanceModels, choose_method
 from clipward.lightning_modules.ema import EMA
 from clipward.lightning_modules.optim import OptimConfig, adamw
 from clipward.lightning_modules.reproducible import Reproducible
@@ -43,10 +43,12 @@ class TrainingConfig(OptimConfig):
     min_snr_gamma: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"optim.ema_decay: got {self.ema_decay}, expected 0 to below 1")
-        if self.min_snr_gamma is not None and self.min_snr_gamma <= 0:
-            raise InputError(f"optim.min_snr_gamma: got {self.min_snr_gamma}, expected a number above 0")
+        gamma = self.min_snr_gamma
+        if gamma is not None and not 0 < gamma < float("inf"):
+            raise InputError(f"optim.min_snr_gamma: got {gamma}, expected a finite number above 0")
 
 
 class Guided(Protocol):
@@ -136,6 +138,8 @@ class DDPMModule(Reproducible):
             self.unet, self.architecture, self.models, self.sampling, lambda: self.ema.applied(), any_process
         )
         self.schedule = self.sampler.schedule
+        if self._trainer is not None and (self.trainer.predicting or self.trainer.testing):
+            self.sampler.check()
 
     # training
 
@@ -235,7 +239,13 @@ class DDPMModule(Reproducible):
         return self.predict_step(batch, batch_idx)
 
     def provenance(self) -> dict[str, Any]:
-        """What it takes, beside a request, to make its picture again."""
+        """What it takes, beside a request, to make its picture again.
+
+        Raises:
+            InputError: where the network has no weights but random ones.
+        """
+        if not self.trained and not self.trainer.training:
+            raise InputError("weights: got none, expected --weights with a file or folder, or --ckpt_path")
         if self._provenance is None or self.trainer.training:  # in fit the weights change
             self._provenance = {
                 **self.sampler.settings(),
@@ -252,19 +262,18 @@ class DDPMModule(Reproducible):
             # loaded here, before anything is written, and because the loops that follow run in inference mode
             data = self.trainer.datamodule
             guided = isinstance(data, HasRequests) and any(request.guidance_weight for request in data.requests)
-            self.models.load(METHODS[self.sampling.method].guided_by if guided else None)
+            name = choose_method(self.sampling.method, self.models.config)
+            self.models.load(METHODS[name].guided_by if guided else None)
+            if guided and self.sampling.method == AUTO and self.trainer.is_global_zero:
+                print(f"method: {name}, {REASONS[name]}")
             if self.sharded:
                 self.models.shard(self.device_mesh["data_parallel"])
 
     def on_predict_start(self) -> None:
-        self._check_weights()
+        self.provenance()
 
     def on_test_start(self) -> None:
-        self._check_weights()
-
-    def _check_weights(self) -> None:
-        if not self.trained:
-            raise InputError("weights: got none, expected --weights with a file or folder, or --ckpt_path")
+        self.provenance()
 
     @property
     def sharded(self) -> bool:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from clipward.errors import InputError
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -23,6 +25,12 @@ class OptimConfig:
     weight_decay: float = 0.0
     warmup_steps: int = 0
     cooldown_steps: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("learning_rate", "weight_decay", "warmup_steps", "cooldown_steps"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise InputError(f"optim.{name}: got {value}, expected a finite number of 0 or more")
 
     def factor(self, step: int, max_steps: int) -> float:
         """What the level is multiplied by after ``step`` steps; with ``max_steps`` −1 there is no fall."""

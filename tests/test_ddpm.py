@@ -11,12 +11,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from clipward.callbacks.guided_samples import GuidedSamples
 from clipward.datamodules.prompts import PromptDataModule
 from clipward.diffusion.bound import variational_bound
+from clipward.diffusion.denoiser import add_noise, to_x0, training_target
 from clipward.diffusion.schedule import Schedule
 from clipward.errors import InputError
 from clipward.guidance import core as guidance
 from clipward.guidance.core import GuidanceError
+from clipward.guidance.methods import METHODS
 from clipward.guidance.objectives import ClipSimilarity
-from clipward.lightning_modules.ddpm import DDPMModule, TrainingConfig
+from clipward.lightning_modules.ddpm import DDPMModule, TrainingConfig, min_snr_weight
 from clipward.networks.clip import OPENAI_PREPROCESSING, Clip, new_model, save_folder
 from clipward.networks.unet import UNet
 from clipward.sampler import Sampler, SamplingConfig
@@ -126,10 +128,10 @@ def test_fit_writes_the_average_for_others_to_use(tmp_path: Path) -> None:
     [
         (
             {"conv_in.weight": torch.zeros(2, 2)},
-            r"the key conv_in.weight has the shape \(2, 2\); \(8, 12, 3, 3\) would do",
+            r"got the key 'conv_in.weight' of shape \(2, 2\), expected \(8, 12, 3, 3\)",
         ),
-        ({"conv_in.weight": None}, r"the key conv_in.weight \(8, 12, 3, 3\) is missing"),
-        ({"other": torch.zeros(3)}, r"the key other \(3,\) is none of this network's"),
+        ({"conv_in.weight": None}, r"got no key 'conv_in.weight', expected one of shape \(8, 12, 3, 3\)"),
+        ({"other": torch.zeros(3)}, r"got the key 'other', expected no such key"),
     ],
 )
 def test_weights_that_do_not_fit_are_refused_with_the_key(
@@ -144,7 +146,7 @@ def test_weights_that_do_not_fit_are_refused_with_the_key(
 
 def test_a_damaged_file_is_refused(tmp_path: Path, tiny_weights: Path) -> None:
     (tmp_path / "cut.safetensors").write_bytes(tiny_weights.read_bytes()[:-100])
-    with pytest.raises(InputError, match="is no safetensors file, or a damaged one"):
+    with pytest.raises(InputError, match="is damaged or no safetensors file"):
         load_weights(tmp_path / "cut.safetensors")
 
 
@@ -266,7 +268,7 @@ def test_samples_during_fit_are_those_of_predict(
     monkeypatch.undo()
     assert list((tmp_path / "logs").rglob("samples/00000004.png"))
     again = tiny_module(clip=str(tiny_clip), weights=checkpoint_of(tmp_path / "ckpt"))
-    data = PromptDataModule(text=["a man"], guidance_weight=[100.0], n_samples=2)
+    data = PromptDataModule(text=["a man"], guidance_weight=[METHODS["contrastive_denoised"].weight], n_samples=2)
     images = predictions(again, data, tmp_path)
     order = [0, 2, 1, 3]  # the callback draws column by column
     torch.testing.assert_close(drawn["image"], images[order], atol=1e-5, rtol=0)
@@ -473,3 +475,64 @@ def test_recomputed_activations_need_less_memory() -> None:
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
             network(torch.randn(2, 3, 16, 16, requires_grad=True), torch.tensor([3, 4]))
     assert kept[True] < 0.5 * kept[False]
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path: Path) -> None:
+    module = tiny_module(optim=TrainingConfig(learning_rate=1e-3))
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_on_exception=True, save_last=True)
+    loss = module.loss
+
+    def break_the_third(*args) -> torch.Tensor:
+        return loss(*args) * (float("nan") if module.global_step == 2 else 1)
+
+    module.loss = break_the_third
+    trainer = tiny_trainer(tmp_path, max_steps=4, callbacks=[saver], enable_checkpointing=True)
+    with pytest.raises(InputError, match=r"gradient is not finite at step 3 \(epoch 0, batch 2\).*learning_rate"):
+        trainer.fit(module, tiny_faces())
+    last = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 2
+    assert all(torch.isfinite(value).all() for value in last["state_dict"].values())
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
+    out = tmp_path / "out.safetensors"
+    module = tiny_module(optim=TrainingConfig(learning_rate=1e30), save_path=str(out))
+    saver = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_on_exception=True, save_last=True)
+    trainer = tiny_trainer(tmp_path, max_steps=2, callbacks=[saver], enable_checkpointing=True)
+    with pytest.raises(InputError, match="not finite"):
+        trainer.fit(module, tiny_faces())
+    assert not out.exists()
+    for path in tmp_path.rglob("*.ckpt"):
+        state = torch.load(path, weights_only=True)["state_dict"]
+        assert all(torch.isfinite(value).all() for value in state.values())
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("learning_rate", -1),
+        ("learning_rate", float("nan")),
+        ("weight_decay", float("inf")),
+        ("warmup_steps", -1),
+        ("ema_decay", 2),
+        ("ema_decay", 1),
+        ("min_snr_gamma", 0),
+        ("min_snr_gamma", float("inf")),
+    ],
+)
+def test_optimiser_settings_out_of_range_are_refused(setting: str, value: float) -> None:
+    with pytest.raises(InputError, match=f"optim.{setting}: got {value}, expected"):
+        TrainingConfig(**{setting: value})
+
+
+def test_min_snr_weights_the_loss_of_x0() -> None:
+    alpha_bar = torch.tensor([0.99, 0.5, 0.01])[:, None, None, None]
+    snr = alpha_bar / (1 - alpha_bar)
+    torch.manual_seed(0)
+    x0, eps, error = torch.randn(3, 3, 1, 2, 2)
+    x = add_noise(x0, eps, alpha_bar)
+    for parametrisation in ("x0", "eps", "v"):
+        output = training_target(x0, eps, alpha_bar, parametrisation) + error
+        wanted = snr.clamp(max=5) * (to_x0(output, x, alpha_bar, parametrisation) - x0) ** 2
+        weighed = min_snr_weight(alpha_bar, 5, parametrisation) * error**2
+        torch.testing.assert_close(weighed, wanted, atol=1e-4, rtol=1e-4)

@@ -1,0 +1,95 @@
+"""Distillation of a noise-aware CLIP."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY_CLIP, tiny_faces, tiny_trainer
+
+from clipward.errors import InputError
+from clipward.lightning_modules.noisy_clip import NoisyClipModule, alpha_bar_of, move_at_random, relational_loss
+from clipward.lightning_modules.optim import OptimConfig
+from clipward.networks.clip import OPENAI_PREPROCESSING, Clip, new_model, save_folder
+
+RESNET = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 32}
+
+
+def teacher(folder: Path, tower: str) -> str:
+    config = TINY_CLIP if tower == "ViT" else {**TINY_CLIP, "vision_cfg": RESNET}
+    torch.manual_seed(0)
+    size = config["vision_cfg"]["image_size"]
+    save_folder(folder, new_model(config), config, {"size": size, **OPENAI_PREPROCESSING})
+    return str(folder)
+
+
+@pytest.mark.parametrize("tower", ["ViT", "ResNet"])
+def test_the_student_comes_to_say_what_its_teacher_says(tmp_path: Path, tower: str) -> None:
+    clip, out = teacher(tmp_path / "teacher", tower), tmp_path / "out"
+    module = NoisyClipModule(
+        clip, save_dir=str(out), levels=(0.3, 0.8), zero_shot="faces", optim=OptimConfig(learning_rate=3e-3)
+    )
+    trainer = tiny_trainer(tmp_path, max_steps=60, val_check_interval=4)
+    trainer.validate(module, tiny_faces())
+    before = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    trainer.fit(module, tiny_faces())
+    after = trainer.callback_metrics
+    assert {"val/agreement_hair/0.3", "val/right_hair/0.8", "val/agreement_hair/clean"} <= after.keys()
+    assert after["val/agreement_hair/clean"] == 1
+    if tower == "ViT":  # a random ResNet says the same of all pictures
+        for level in ("0.3", "0.8"):
+            assert after[f"val/cosine/{level}"] > before[f"val/cosine/{level}"]
+    student, clean = Clip.load(str(out)), Clip.load(clip)
+    assert student.noise_aware
+    assert student.model.visual.conv1.film.weight.abs().max() > 0
+    texts = ["a man", "a girl with red hair"]
+    torch.testing.assert_close(student.encode_text(texts), clean.encode_text(texts), atol=2e-3, rtol=0)
+    assert not any(name.startswith("_teacher") for name in module.state_dict())
+
+
+def test_the_relational_term_is_zero_where_all_neighbours_agree() -> None:
+    torch.manual_seed(0)
+    target = F.normalize(torch.randn(6, 8), dim=1)
+    assert relational_loss(target, target).item() == pytest.approx(0, abs=1e-6)
+    other = F.normalize(torch.randn(6, 8), dim=1)
+    by_hand = []
+    for i in range(6):
+        rest = [j for j in range(6) if j != i]
+        p = (target[i] @ target[rest].T / 0.05).softmax(0)
+        q = (other[i] @ target[rest].T / 0.05).softmax(0)
+        by_hand.append((p * (p.log() - q.log())).sum())
+    torch.testing.assert_close(relational_loss(other, target), torch.stack(by_hand).mean(), atol=1e-4, rtol=1e-4)
+    assert relational_loss(other[:1], target[:1]).item() == 0
+
+
+def test_levels_span_clean_to_noise() -> None:
+    assert alpha_bar_of(torch.tensor([0.0, 0.5, 1.0])).tolist() == pytest.approx([1, 0.5, 0], abs=1e-6)
+
+
+def test_pictures_are_moved_each_on_its_own() -> None:
+    torch.manual_seed(0)
+    image = torch.arange(16.0).expand(1, 16, 16).expand(8, 3, 16, 16)
+    moved = move_at_random(image, 0.125)
+    assert moved.shape == image.shape
+    by = {int(each[0, 8, 8] - 8) for each in moved}
+    assert by <= {-2, -1, 0, 1, 2}
+    assert len(by) > 1
+    assert torch.equal(move_at_random(image, 0.0), image)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"relational": -1.0}, "model.relational: got -1.0, expected 0 or more"),
+        ({"shift": 0.5}, "model.shift: got 0.5, expected 0 to below 0.5"),
+    ],
+)
+def test_settings_out_of_range_are_refused(arguments: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        NoisyClipModule("nothing", **arguments)
+
+
+def test_a_noise_aware_teacher_is_refused(tmp_path: Path) -> None:
+    module = NoisyClipModule("clipward:faces64/noisy_clip")
+    with pytest.raises(InputError, match="is noise-aware already"):
+        module.configure_model()
