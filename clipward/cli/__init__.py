@@ -1,0 +1,46 @@
+"""The command line: ``clipward {fit,validate,test,predict,convert}``, and ``python cli.py`` in a checkout.
+
+Lightning takes seconds to import, so only a command that runs imports it.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from clipward.cli.help import COMMANDS, overview, short_help
+from clipward.cli.messages import finish, reports
+from clipward.errors import InputError, shorten
+
+HELP = {"-h", "--help"}
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run a command; an error that a person can mend is one line on stderr, and the exit status is not 0."""
+    given = sys.argv[1:] if args is None else list(args)
+    try:
+        run(given)
+    except InputError as error:
+        sys.exit(f"error: {finish(str(error), given)}" if reports() else 1)
+
+
+def run(args: list[str]) -> None:
+    command, rest = (args[0], args[1:]) if args else ("", [])
+    if command == "--version":
+        from importlib.metadata import version
+
+        print(f"clipward {version('clipward')}")
+    elif command in HELP | {"--help.all"}:
+        print(overview())
+    elif command not in COMMANDS:
+        raise InputError(
+            f"command: got {shorten(command) if command else 'none'}, expected one of {', '.join(COMMANDS)}"
+        )
+    elif HELP & set(rest):
+        print(short_help(command))
+    elif command == "convert":
+        from clipward.cli import convert
+
+        convert.run(["--help" if arg == "--help.all" else arg for arg in rest])
+    else:
+        from clipward.cli import lightning_cli
+
+        lightning_cli.run(command, rest)

@@ -1,0 +1,90 @@
+"""Our own flags: the common ones of the model by short names, and what ``predict`` and ``test`` take beside them."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag of the command line, which is also a key of a config.
+
+    Args:
+        help: what it does.
+        value: what stands after it in the help.
+        type: of its value; without one, the type of the argument that it sets.
+        default: its value where it is not given.
+        several: whether it takes one or more values.
+        required: whether it must be given.
+        sets: the argument of the model that it sets, only where it is given.
+    """
+
+    help: str
+    value: str = ""
+    type: Any = None
+    default: Any = None
+    several: bool = False
+    required: bool = False
+    sets: str | None = None
+
+
+MODEL_FLAGS = {
+    "weights": Flag("a file, a folder, or a diffusers model on the hub", "X", str, sets="weights"),
+    "use_ema": Flag("take averaged weights where there are both", "BOOL", bool, sets="use_ema"),
+    "clip": Flag("the CLIPs that guide, such as ViT-B-32/openai", "A B …", str, several=True, sets="guidance.clip"),
+    "clip_weights": Flag("of each CLIP in their average", "W …", float, several=True, sets="guidance.clip_weights"),
+    "noisy_clip": Flag(
+        "a CLIP that knows noisy pictures, for contrastive and glide", "X", str, sets="guidance.noisy_clip"
+    ),
+    "method": Flag(
+        "how a text guides: auto, contrastive, glide, mpgd, …; --help.all has all", "NAME", sets="sampling.method"
+    ),
+    "candidates": Flag("draw each picture this often and keep the best match", "N", sets="sampling.candidates"),
+    "skip_steps": Flag("steps from noise to picture", "N", sets="sampling.skip_steps"),
+    "skip_type": Flag("how the steps are spread: uniform, uniform2 or quad", "NAME", sets="sampling.skip_type"),
+    "ddim": Flag("take DDIM's steps, not DDPM's", sets="sampling.ddim"),
+    "ddim_eta": Flag("DDIM's noise, from 0 to 1", "X", sets="sampling.ddim_eta"),
+    "var_type": Flag("DDPM's variance: fixed_small, fixed_large or learned_range", "NAME", sets="sampling.var_type"),
+}
+REQUEST_FLAGS = {
+    "text": Flag("sentences to draw; without any, pictures are unguided", "A B …", str, several=True),
+    "guidance_weight": Flag(
+        "how strongly each text guides; by default as suits the method", "W …", float, several=True
+    ),
+    "n_samples": Flag("pictures for each text and weight, one for each seed", "N", int, 4),
+    "seed": Flag("the first seed", "N", int, 0),
+    "unguided": Flag("also draw each seed without guidance", "BOOL", bool, True),
+    "prompts": Flag(
+        "texts from a file (.txt, .jsonl, .parquet) or a data set on the hub, in place of --text", "FILE", str
+    ),
+    "micro_batch": Flag(
+        "pictures drawn at once on each device; auto takes as many as fit", "N", int | Literal["auto"], 16
+    ),
+}
+FOLDER_FLAGS = {
+    "save_dir": Flag("the folder to write to", "DIR", str),
+    "overwrite": Flag("replace what another command wrote there", "BOOL", bool, False),
+}
+OUTPUT_FLAGS = {
+    "output": Flag("files (a PNG for each picture), webdataset or parquet", "KIND", default="files"),
+    "shard_size": Flag("pictures in each shard", "N", int, 1000),
+}
+JUDGE_FLAGS = {
+    "judge": Flag(
+        "who judges: a classifier's safetensors, or a CLIP's folder with judge.json",
+        "A B …",
+        str,
+        several=True,
+        required=True,
+    ),
+    "features": Flag("what FID and KID compare: judge, inception, or a file of its weights", "X", str, "judge"),
+}
+FLAGS = {
+    "fit": MODEL_FLAGS,
+    "validate": MODEL_FLAGS,
+    "test": MODEL_FLAGS | REQUEST_FLAGS | FOLDER_FLAGS | JUDGE_FLAGS,
+    "predict": MODEL_FLAGS | REQUEST_FLAGS | FOLDER_FLAGS | OUTPUT_FLAGS,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {  # where a command has its own
+    "test": {"n_samples": 16, "save_dir": "out/test"},
+    "predict": {"save_dir": "out/predict"},
+}

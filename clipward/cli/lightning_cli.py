@@ -1,0 +1,272 @@
+"""``fit``, ``validate``, ``test`` and ``predict``, by way of LightningCLI."""
+
+import errno
+import logging
+import signal
+import sys
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import fields, is_dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+
+from clipward.callbacks.checkpoints import AtomicCheckpointIO, check, last_checkpoint
+from clipward.callbacks.evaluation import Evaluation
+from clipward.callbacks.gallery import Output
+from clipward.callbacks.prediction_writer import PredictionWriter
+from clipward.cli.flags import DEFAULTS, FLAGS, MODEL_FLAGS, REQUEST_FLAGS, Flag
+from clipward.cli.help import COMMANDS
+from clipward.cli.messages import first_process
+from clipward.cli.parser import OneLineParser
+from clipward.cli.settings import prepare, shipped
+from clipward.cli.yaml_files import read_mapping
+from clipward.datamodules.prompts import PromptDataModule
+from clipward.errors import InputError, shorten
+from clipward.evaluation.judges import Judges
+from clipward.guidance.core import GuidanceError
+from clipward.guidance.methods import METHODS
+from clipward.guidance.models import GuidanceConfig, choose_method
+from clipward.sampler import SamplingConfig
+
+MENDABLE = (InputError, GuidanceError, MisconfigurationException)  # errors that are a person's to mend
+OF_THE_DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENOSPC, errno.EDQUOT}
+
+
+class ClipwardParser(OneLineParser, LightningArgumentParser):
+    """LightningCLI's parser, with errors of one line."""
+
+
+class ClipwardCLI(LightningCLI):
+    """LightningCLI, where predict and test read requests in place of ``data``, and common flags have short names."""
+
+    requests: PromptDataModule
+    callback: PredictionWriter | Evaluation | None = None
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        hidden = {"model", "dataloaders", "datamodule", "train_dataloaders", "val_dataloaders", "weights_only"}
+        return {"fit": hidden, "validate": hidden, "test": hidden, "predict": hidden | {"return_predictions"}}
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        for name, flag in FLAGS[subcommand].items():
+            add_flag(parser, name, flag)
+        parser.set_defaults(DEFAULTS.get(subcommand, {}))
+        return parser
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        self._check_model(config.model)
+        config.trainer.inference_mode = False
+        self._check_strategy(config.trainer)
+        self._find_checkpoint(config)
+        for name, flag in MODEL_FLAGS.items():
+            self._set_argument(name, flag.sets or name)
+        if self.subcommand in ("predict", "test"):
+            config.trainer.logger = False
+            logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+            # Requests carry their own indices, and know how they are dealt.
+            for beside_the_point in ("Couldn't infer the batch indices", "Your `IterableDataset` has `__len__`"):
+                warnings.filterwarnings("ignore", beside_the_point)
+
+    def _check_model(self, model: Namespace) -> None:
+        name, arguments = model.class_path.rpartition(".")[2], model.get("init_args") or Namespace()
+        if self.subcommand in ("predict", "test") and "sampling" not in arguments:
+            raise InputError(f"model: got {name}, expected one that draws pictures; use -c faces or -c celebahq")
+        with suppress(AttributeError, NameError, TypeError):  # a stranger's class may have no types
+            check_groups(get_type_hints(import_class(model.class_path).__init__), arguments, "model")
+
+    def _check_strategy(self, trainer: Any) -> None:
+        name = trainer.strategy if isinstance(trainer.strategy, str) else trainer.strategy.class_path
+        if "fsdp" in name.lower():
+            raise InputError(f"trainer.strategy: got {name}, expected another; use -c fsdp, which shards by FSDP2")
+        if name.endswith("Sharded") and str(trainer.precision) == "16-mixed":
+            raise InputError("trainer.precision: got 16-mixed, which Lightning doesn't shard; use bf16-mixed")
+
+    def _find_checkpoint(self, config: Any) -> None:
+        """``last`` is the newest below the logger's folder; for others Lightning would go on with what there is."""
+        path = config.get("ckpt_path")
+        if path is None or (path in ("best", "hpc") and self.subcommand == "fit"):
+            return
+        logs = config.trainer.get("logger.init_args") or {}
+        root = Path(logs.get("save_dir") or config.trainer.default_root_dir or ".") / (logs.get("name") or "")
+        if path == "last":
+            found = last_checkpoint(root)
+            if found is None and self.subcommand != "fit":
+                raise InputError(f"ckpt_path: there is no checkpoint below {root}")
+            if first_process():
+                print(f"ckpt_path: {found or f'no checkpoint below {root} yet; starting at the beginning'}")
+            config.ckpt_path = None if found is None else str(found)
+        elif not Path(path).exists():
+            raise InputError(f"ckpt_path: there is no file {path}")
+        else:
+            check(Path(path), root)
+
+    def _set_argument(self, name: str, argument: str) -> None:
+        """Set an argument of the model by its short flag; other models than DDPMModule have some without a group."""
+        config = self.config[self.subcommand]
+        value = config.get(name)
+        if value is None:
+            return
+        known = config.model.get("init_args") or Namespace()
+        if argument not in known and name in known:
+            argument = name
+            if isinstance(value, list):
+                if len(value) > 1:
+                    raise InputError(f"{name}: got {len(value)} values, expected one")
+                value = value[0]
+        if argument not in known:
+            raise InputError(f"{name}: {config.model.class_path.rpartition('.')[2]} has no such setting")
+        known[argument], config[name] = value, None
+
+    def instantiate_classes(self) -> None:
+        if self.subcommand in ("predict", "test"):
+            config = self.config[self.subcommand]
+            if config.guidance_weight is None:
+                arguments = config.model.init_args
+                method = choose_method(arguments.sampling.method, GuidanceConfig(**arguments.guidance.as_dict()))
+                config.guidance_weight = [METHODS[method].weight]
+            self.requests = PromptDataModule(**{name: config[name] for name in REQUEST_FLAGS})
+            if self.subcommand == "predict":
+                text = self._parser("predict").dump(config, skip_unset=False)
+                self.callback = PredictionWriter(
+                    config.save_dir, text, config.overwrite, config.output, config.shard_size
+                )
+                self.requests.done = self.callback.finished()
+            else:
+                judges = Judges(config.judge, (r.text for r in self.requests.requests), config.features)
+                self.callback = Evaluation(judges, config.save_dir, config.overwrite)
+        try:
+            super().instantiate_classes()
+        except ValueError as error:  # the parser wraps what a constructor raises
+            found = mendable(error)
+            if found is None or found is error:
+                raise
+            raise found from None
+        if isinstance(self.callback, Evaluation) and getattr(self.datamodule, "path", "") is not None:
+            self.callback.data = self.datamodule
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        if self.subcommand == "fit":
+            self.save_config_callback = SaveConfigCallback
+            self.save_config_kwargs = {"config_filename": "config.fit.yaml"}
+        plugins = self._get(self.config_init, "trainer.plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
+        try:
+            trainer: Any = super().instantiate_trainer(**kwargs)
+        except (MisconfigurationException, TypeError, ValueError) as error:  # such as a strategy that doesn't exist
+            raise InputError(f"trainer: {error}") from error
+        if self.callback is not None:
+            trainer.callbacks.append(self.callback)
+        return trainer
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except (*MENDABLE, OSError):
+            if self.trainer.progress_bar_callback is not None and first_process():
+                print(file=sys.stderr)  # the bar has left its line open
+            raise
+
+    def before_predict(self) -> None:
+        self.datamodule = self.requests
+
+    def predict(self, **kwargs: Any) -> None:
+        if next(iter(self.requests.predict_dataloader()), None) is not None:
+            self.trainer.predict(**kwargs)
+        elif self.trainer.is_global_zero and isinstance(self.callback, PredictionWriter):
+            self.callback.finish()
+
+    def before_test(self) -> None:
+        self.datamodule = self.requests
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        return kwargs | ({"return_predictions": False} if subcommand == "predict" else {})
+
+    def _parse_ckpt_path(self) -> None:
+        """A checkpoint's hyper-parameters must not override the command line."""
+
+
+class Help(ClipwardCLI):
+    """Prints all flags of a command, and those of the models and the data that configs have."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self._parser(args[0]).print_help()
+        configs = [read_mapping(path) for path in shipped().values()]
+        for part in ("model", "data"):
+            for class_path in sorted({config[part]["class_path"] for config in configs if part in config}):
+                print()
+                with suppress(SystemExit):
+                    parser.parse_args([args[0], f"--{part}.help={class_path}"])
+        raise SystemExit(0)
+
+
+def add_flag(parser: LightningArgumentParser, name: str, flag: Flag) -> None:
+    types = {"output": Output} | {name: kind | None for name, kind in get_type_hints(SamplingConfig).items()}
+    text = flag.help if flag.sets is None else f"{flag.help}; short for --model.{flag.sets}"
+    if not flag.value:
+        parser.add_argument(f"--{name}", action="store_true", default=None, help=text)
+        return
+    options: dict[str, Any] = {"required": True} if flag.required else {"default": flag.default}
+    options |= {"nargs": "+"} if flag.several else {}
+    parser.add_argument(f"--{name}", type=flag.type or types[name], help=text, **options)
+
+
+def import_class(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    return getattr(import_module(module), name)
+
+
+def check_groups(kinds: dict[str, Any], settings: Namespace, where: str) -> None:
+    """Raise :class:`InputError` where a value stands in place of a group of settings, which the parser lets pass."""
+    for name, kind in kinds.items():
+        if not is_dataclass(kind) or name not in settings:
+            continue
+        value = settings[name]
+        if not isinstance(value, Namespace):
+            known = ", ".join(each.name for each in fields(kind))
+            raise InputError(f"{where}.{name}: got {shorten(value)}, expected settings: {known}")
+        check_groups(get_type_hints(kind), value, f"{where}.{name}")
+
+
+def mendable(error: BaseException | None) -> InputError | None:
+    """The error that a person can mend among what an error was raised from."""
+    while error is not None and not isinstance(error, MENDABLE):
+        error = error.__cause__
+    return error if error is None or isinstance(error, InputError) else InputError(str(error))
+
+
+def run(command: str, args: Sequence[str]) -> None:
+    """Run a command that needs a Trainer."""
+    cli: type[ClipwardCLI] = Help if "--help.all" in args else ClipwardCLI
+    arguments = [command, *(args if cli is Help else prepare(command, args))]
+    try:
+        cli(
+            args=arguments,
+            save_config_callback=None,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            parser_class=ClipwardParser,
+            parser_kwargs={name: {"description": COMMANDS[name].does} for name in ClipwardCLI.subcommands()},
+        )
+    except (GuidanceError, MisconfigurationException) as error:
+        raise InputError(str(error)) from error
+    except OSError as error:
+        if error.errno not in OF_THE_DISK:
+            raise
+        raise InputError(f"{error.filename or 'the disk'}: {error.strerror}") from error
+    except SIGTERMException:  # raised when all is saved
+        sys.exit(128 + signal.SIGTERM)

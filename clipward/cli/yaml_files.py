@@ -1,0 +1,112 @@
+"""YAML from a person: read without surprises, or refused in one line."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from clipward.errors import InputError
+
+MAX_BYTES = 1_000_000
+MAX_VALUES = 100_000  # after aliases have been replaced by what they stand for
+MAX_DEPTH = 100
+TOO_LARGE = f"more than {MAX_BYTES // 1_000_000} MB, expected less"
+Loader: type = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class UnsafeYAML(yaml.YAMLError):
+    """YAML that says something twice, or grows too large."""
+
+
+@dataclass
+class _Collection:
+    """A mapping or a list that is being read."""
+
+    is_mapping: bool
+    anchor: str | None
+    size: int = 1
+    key: str | None = None  # whose value comes next
+    keys: set[str] = field(default_factory=set)
+
+
+def check_yaml(text: str) -> None:
+    """Raise :class:`UnsafeYAML` where a key stands twice, or the text is too large or too deep.
+
+    It reads the text as a stream and counts, so that aliases of aliases cost nothing.
+    """
+    if len(text) > MAX_BYTES:
+        raise UnsafeYAML(TOO_LARGE)
+    sizes: dict[str, int] = {}
+    open_collections: list[_Collection] = []
+    for event in yaml.parse(text, Loader=Loader):
+        anchor, value = getattr(event, "anchor", None), getattr(event, "value", None)
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_collections.append(_Collection(isinstance(event, yaml.MappingStartEvent), anchor))
+            if len(open_collections) > MAX_DEPTH:
+                raise UnsafeYAML(f"more than {MAX_DEPTH} levels, expected less")
+            continue
+        if isinstance(event, yaml.CollectionEndEvent):
+            ended = open_collections.pop()
+            anchor, size = ended.anchor, ended.size
+        elif isinstance(event, yaml.AliasEvent):
+            size, anchor = sizes.get(anchor or "", MAX_VALUES + 1), None  # unknown: it is part of itself
+        elif isinstance(event, yaml.ScalarEvent):
+            size = 1
+        else:
+            continue
+        if anchor is not None:
+            sizes[anchor] = size
+        if open_collections:
+            _add(open_collections, size, value, event.start_mark.line + 1)
+
+
+def _add(collections: list[_Collection], size: int, value: str | None, line: int) -> None:
+    """Count a value in the innermost collection; in a mapping, every other value is a key."""
+    inner = collections[-1]
+    inner.size += size
+    if inner.size > MAX_VALUES:
+        raise UnsafeYAML(f"more than {MAX_VALUES} values once its aliases are replaced, expected less")
+    if not inner.is_mapping:
+        return
+    if inner.key is not None:
+        inner.key = None
+        return
+    inner.key = "?" if value is None else value
+    if value in inner.keys:
+        path = ".".join(each.key for each in collections if each.key)
+        raise UnsafeYAML(f"{path} twice (line {line}), expected it once")
+    inner.keys.add(inner.key)
+
+
+def checked(load: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A loader that checks first."""
+
+    def check_and_load(text: str) -> Any:
+        check_yaml(text)
+        return load(text)
+
+    return check_and_load
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file.
+
+    Raises:
+        InputError: where it is no mapping, or YAML that :func:`check_yaml` refuses.
+    """
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise UnsafeYAML(TOO_LARGE)
+        content = checked(lambda text: yaml.load(text, Loader=Loader))(path.read_text(encoding="utf-8"))
+    except UnsafeYAML as error:
+        raise InputError(f"config: {path} has {error}") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        mark = getattr(error, "problem_mark", None)
+        reason = getattr(error, "problem", None) or error
+        where = "" if mark is None else f" in line {mark.line + 1}"
+        raise InputError(f"config: {path} is no YAML ({reason}{where})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"config: {path} has no settings, expected lines such as `skip_steps: 50`")
+    return {str(key): value for key, value in content.items()}

@@ -1,0 +1,369 @@
+"""What a person may give the command line by mistake, and what helps: short helps, configs by name, one-line errors."""
+
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from clipward.cli import main
+from clipward.cli.help import COMMANDS, overview, short_help
+from clipward.cli.messages import finish, one_line
+from clipward.cli.renamed import RENAMED, find_renamed
+from clipward.cli.settings import find_config, prepare, shipped, split_config_flags
+from clipward.errors import InputError
+from clipward.lightning_modules.ddpm import DDPMModule
+
+
+def error_of(*args: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main(args)
+    line = str(stopped.value.code)
+    assert line.startswith("error: ")
+    assert "\n" not in line
+    return line.removeprefix("error: ")
+
+
+def exits() -> pytest.RaisesExc:
+    """A command that prints what was asked for and ends."""
+    return pytest.raises(SystemExit, match=r"^0$")
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "mine.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+# helps
+
+
+def test_helps_and_the_version_need_no_heavy_import() -> None:
+    code = """
+import sys
+from clipward.cli import main
+for args in (["--version"], ["--help"], ["fit", "--help"], ["predict", "-c", "nowhere", "-h"], ["convert", "--help"]):
+    main(args)
+try:
+    main(["perdict"])
+except SystemExit as stopped:
+    print(stopped.code)
+print({"torch", "lightning", "jsonargparse"} & set(sys.modules))
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert re.fullmatch(r"clipward \d+\.\d+\.\d+.*", said[0])
+    assert said[-2:] == [f"error: command: got 'perdict', expected one of {', '.join(COMMANDS)}", "set()"]
+
+
+@pytest.mark.parametrize(
+    "program", [["cli.py"], ["-m", "clipward.cli"], [str(Path(sys.executable).parent / "clipward")]]
+)
+def test_all_ways_to_start_it_are_the_same_program(program: list[str]) -> None:
+    said = subprocess.run([sys.executable, *program, "--help"], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert said.stdout == overview() + "\n"
+
+
+@pytest.mark.parametrize("page", [overview(), *map(short_help, COMMANDS)], ids=["clipward", *COMMANDS])
+def test_a_short_help_fits_a_terminal(page: str) -> None:
+    assert max(map(len, page.splitlines())) <= 80
+    assert len(re.findall(r"^  clipward ", page, re.MULTILINE)) == 3
+    assert re.match(r"[A-Z].*\.\n\n", page)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_long_help_has_every_flag_of_the_short_one(command: str, capsys: pytest.CaptureFixture) -> None:
+    with exits():
+        main([command, "--help.all"])
+    long = capsys.readouterr().out
+    assert long.startswith("usage: clipward")
+    if command != "convert":
+        assert COMMANDS[command].does in long
+    known = set(re.findall(r"--?[\w.]+", long))
+    flags = set(re.findall(r"^  (?:(-c), )?(--[\w.]+)", short_help(command), re.MULTILINE))
+    assert {name for pair in flags for name in pair if name} - known <= {"--trainer.logger.save_dir"}  # of a subclass
+
+
+def test_the_examples_of_the_helps_are_understood(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    pages = [overview(), *(short_help(command) for command in COMMANDS)]
+    for example in re.findall(r"^  clipward (.*)$", "\n".join(pages), re.MULTILINE):
+        with exits():
+            main([*shlex.split(example), "--print_config"])
+
+
+# configs
+
+
+def test_a_config_is_found_by_its_name_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with exits():
+        main(
+            [
+                "predict",
+                "-c",
+                "celebahq",
+                "-cfigure",
+                "--config=ddp",
+                "-c",
+                write(tmp_path, "seed: 7"),
+                "--print_config",
+            ]
+        )
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["init_args"]["network"]["image_size"] == 256
+    assert (printed["method"], printed["trainer"]["strategy"], printed["seed"]) == ("clip_guidance", "ddp", 7)
+    known = ", ".join(sorted(path.stem for path in (ROOT / "configs").glob("*.yaml")))
+    assert error_of("predict", "-c", "nowhere") == f"config: got 'nowhere', expected a YAML file or one of {known}"
+    for command in ("fit", "validate"):
+        assert error_of(command) == f"config: got none, expected -c with a YAML file or one of {known}"
+    (tmp_path / "faces").write_text("n_samples: 3")
+    assert find_config("faces") == Path("faces")
+    assert prepare("predict", [])[1] == str(shipped()["faces"])
+
+
+@pytest.mark.parametrize("given", [["-c", "x"], ["-cx"], ["-c=x"], ["--config", "x"], ["--config=x"]])
+def test_a_config_may_be_given_in_every_spelling(given: list[str]) -> None:
+    assert split_config_flags(given) == ["--config", "x"]
+
+
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join(['*' + before] * 10)}]\n" for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("trainer:\n  max_steps: 1\n  max_steps: 2\n", r"trainer\.max_steps twice \(line 3\)"),
+        ("seed: 1\nn_samples: 2\nseed: 1\n", r"seed twice \(line 3\)"),
+        (LAUGHS, "more than 100000 values once its aliases are replaced"),
+        ("a: &a [*a]\n", "more than 100000 values"),
+        ("a: &a [" + "x, " * 2000 + "]\nb: [" + "*a, " * 2000 + "]\n", "more than 100000 values"),
+        ("a: " + "[" * 200 + "]" * 200, "more than 100 levels"),
+        ("a: " + "x" * 1_000_001, "more than 1 MB"),
+        ("a: [b\n", r"is no YAML \(.*in line 2\)"),
+        ("a: \x00\n", "is no YAML"),
+        ("a: !!python/name:os.system\n", "is no YAML"),
+        ("- a\n", "has no settings"),
+        ("", "has no settings"),
+    ],
+)
+def test_yaml_with_surprises_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = write(tmp_path, text)
+    assert re.fullmatch(f"config: {path} (has )?{message}.*", error_of("predict", "-c", path))
+
+
+def test_yaml_may_repeat_itself_by_aliases(tmp_path: Path) -> None:
+    path = write(tmp_path, "text: &texts [a man]\nguidance_weight: [1]\nmodel: {init_args: {x: *texts}}\n")
+    assert (
+        error_of("predict", "-c", "faces", "-c", path)
+        == "model.x: DDPMModule has no such setting; --help.all lists all"
+    )
+
+
+def test_a_part_of_a_config_may_be_a_file_which_is_checked_too(tmp_path: Path) -> None:
+    part = tmp_path / "model.yaml"
+    part.write_text("class_path: x\nclass_path: y\n")
+    expected = f"config: {part} has class_path twice (line 2), expected it once"
+    assert error_of("predict", "--model", str(part)) == expected
+    assert error_of("predict", "-c", write(tmp_path, "model: model.yaml")) == expected
+
+
+# names of earlier versions
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--model.opposites", "[[old, young]]"], "model.opposites: renamed; use model.guidance.contrasts"),
+        (["--opposites=[[old, young]]"], "model.opposites: renamed; use model.guidance.contrasts"),
+        (["--model.init_args.neutral", "x"], "model.neutral: renamed; use model.guidance.neutral"),
+        (["--model.unet.channels", "[8]"], "model.unet: renamed; use model.network.unet"),
+        (["--method", "evidence"], "method evidence: renamed; use contrastive"),
+        (["--model.sampling.method=evidence"], "method evidence: renamed; use contrastive"),
+        (
+            ["--model=lightning_modules.ddpm.DDPMModule"],
+            "lightning_modules.ddpm.DDPMModule: renamed; use clipward.lightning_modules.ddpm.DDPMModule",
+        ),
+        (
+            ["--trainer.callbacks+", "{class_path: callbacks.gallery.Gallery}"],
+            "callbacks.gallery.Gallery: renamed; use clipward.callbacks.gallery.Gallery",
+        ),
+    ],
+)
+def test_an_old_flag_names_the_new_one(args: list[str], message: str) -> None:
+    assert error_of("predict", *args) == message
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED["argument"].items())
+def test_every_old_argument_names_the_new_one_which_exists(old: str, new: str, tmp_path: Path) -> None:
+    path = write(tmp_path, f"model: {{init_args: {{{old}: null}}}}")
+    assert error_of("fit", "-c", "faces", "-c", path) == f"model.{old}: renamed (in {path}); use model.{new}"
+    group, argument = new.split(".")
+    assert argument in {field.name for field in fields(get_type_hints(DDPMModule.__init__)[group])}
+
+
+def test_an_old_config_names_all_that_is_new(tmp_path: Path) -> None:
+    old = {
+        "model": {"class_path": "lightning_modules.ddpm.DDPMModule", "init_args": {"ema_decay": 0.9, "clip": None}},
+        "data": {"class_path": "datamodules.faces.FacesDataModule"},
+        "trainer": {"callbacks": [{"class_path": "callbacks.guided_samples.GuidedSamples"}]},
+        "method": "evidence",
+    }
+    path = write(tmp_path, yaml.safe_dump(old))
+    line = error_of("predict", "-c", path)
+    assert line.startswith(f"{path}: renamed; use ")
+    for new in (
+        "clipward.lightning_modules.ddpm.DDPMModule for lightning_modules.ddpm.DDPMModule",
+        "clipward.datamodules.faces.FacesDataModule for datamodules.faces.FacesDataModule",
+        "clipward.callbacks.guided_samples.GuidedSamples for callbacks.guided_samples.GuidedSamples",
+        "model.optim.ema_decay for model.ema_decay",
+        "model.guidance.clip for model.clip",
+        "contrastive for method evidence",
+    ):
+        assert new in line
+
+
+def test_other_modules_keep_their_names() -> None:
+    assert find_renamed([("model.schedule", "cosine")]) == {"model.schedule": "model.network.schedule"}
+    assert find_renamed([("model.schedule", "cosine"), ("model.clip", "x")], "ClipModule") == {}
+    with exits():
+        main(["fit", "-c", "faces_noisy_clip", "--model.clip", "x", "--model.schedule", "linear", "--print_config"])
+    assert find_renamed([("trainer.callbacks.class_path", "lightning.pytorch.callbacks.Timer")]) == {}
+
+
+# mistakes
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ("perdict", f"command: got 'perdict', expected one of {', '.join(COMMANDS)}"),
+        ("", f"command: got none, expected one of {', '.join(COMMANDS)}"),
+        ("predict --txet a", "--txet: there is no such flag; use --text"),
+        ("predict --n_sample 3", "--n_sample: there is no such flag; use --n_samples"),
+        ("predict --bogus", "--bogus: there is no such flag; --help.all lists all"),
+        ("fit -c faces --trainer.max_step 1", "--trainer.max_step: there is no such flag; use --trainer.max_steps"),
+        ("predict --seed 1 2", "'2': got a value without a flag; put quotes around values with spaces"),
+        ("predict --text", "text: got nothing, expected at least one value"),
+        ("predict --seed one", "seed: got 'one', expected a whole number"),
+        ("predict --guidance_weight 1 x", "guidance_weight: got 'x', expected a number"),
+        ("predict --unguided maybe", "unguided: got 'maybe', expected true or false"),
+        ("predict --micro_batch lots", "micro_batch: got 'lots', expected a whole number or auto"),
+        ("predict --skip_type log", "skip_type: got 'log', expected one of uniform, uniform2, quad"),
+        ("predict --output zip", "output: got 'zip', expected one of files, webdataset, parquet"),
+        ("predict --model.network.image_size x", "model.network.image_size: got 'x', expected a whole number"),
+        ("predict --model.sampling.interval 0.2", "model.sampling.interval: got '0.2', expected a list"),
+        ("predict --model.bogus x", "model.bogus: DDPMModule has no such setting; --help.all lists all"),
+        (
+            "predict --model.network.bogus x",
+            "model.network.bogus: DDPMModule has no such setting; --help.all lists all",
+        ),
+        ("fit -c faces --data.path x", "data.path: FacesDataModule has no such setting; --help.all lists all"),
+        ("predict --model Nonsense", "model: got 'Nonsense', expected a class path such as package.module.Class"),
+        (
+            "predict --model nowhere.Model",
+            "model: got nowhere.Model, expected a class that can be imported (No module named 'nowhere')",
+        ),
+        ("predict --model.optim 3", "model.optim: got '3', expected settings, or a file of them"),
+        (
+            "predict -c faces_clip",
+            "model: got ClipModule, expected one that draws pictures; use -c faces or -c celebahq",
+        ),
+        ("predict -c ddp", "model: got none, expected -c with the config of a model, such as faces"),
+        (
+            "test -c faces --text x",
+            "judge: got none, expected --judge with a classifier's safetensors or a CLIP's "
+            "folder, such as clipward:faces64/judge.safetensors",
+        ),
+        ("fit -c faces_judge --clip x", "clip: ClassifierModule has no such setting"),
+        ("fit -c faces_noisy_clip --clip x y", "clip: got 2 values, expected one"),
+        ("convert", "source: got none, expected a value"),
+        ("convert a b --to zip", "to: got 'zip', expected one of safetensors, diffusers"),
+    ],
+)
+def test_a_mistake_is_named_in_one_line(args: str, message: str) -> None:
+    assert error_of(*args.split()) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("foo: 1", "foo: predict has no such setting; --help.all lists all"),
+        ("trainer: {foo: 1}", "trainer.foo: predict has no such setting; --help.all lists all"),
+        ("trainer: 3", "trainer: got 3 in FILE, expected settings such as `max_steps: 100`"),
+        ("model: {init_args: {foo: 1}}", "model.foo: DDPMModule has no such setting; --help.all lists all"),
+        (
+            "model: {init_args: {optim: 3}}",
+            "model.optim: got 3, expected settings: learning_rate, weight_decay, warmup_steps, cooldown_steps, "
+            "ema_decay, min_snr_gamma",
+        ),
+        ("model: {class_path: 3}", "model: got {'class_path': 3}, expected settings, or a file of them"),
+        ("n_samples: many", "n_samples: got 'many', expected a whole number"),
+        ("text: a man", "text: got 'a man' in FILE, expected a list, such as ['a man']"),
+        ("guidance_weight: [a]", "guidance_weight: got 'a', expected a number"),
+    ],
+)
+def test_a_mistake_in_a_config_is_named_in_one_line(text: str, message: str, tmp_path: Path) -> None:
+    path = write(tmp_path, text)
+    assert error_of("predict", "-c", "faces", "-c", path).replace(path, "FILE") == message
+
+
+def test_texts_that_look_like_yaml_are_texts(capsys: pytest.CaptureFixture) -> None:
+    texts = ["{a: 1, a: 2}", "a: b: c", "[1, 2", "&a [*a]", "3", "null"]
+    with exits():
+        main(["predict", "--text", *texts, "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["text"] == texts
+
+
+def test_null_takes_a_setting_away_at_any_depth(capsys: pytest.CaptureFixture) -> None:
+    with exits():
+        main(["predict", "--model.guidance.noisy_clip", "null", "--model.default_weights=null", "--print_config"])
+    arguments = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
+    assert (arguments["guidance"]["noisy_clip"], arguments["default_weights"]) == (None, None)
+
+
+@pytest.mark.parametrize("flags", [["--seed"], ["--clip", "a man " * 100, "--seed"], ["--model"], ["-c"], []])
+def test_a_message_never_repeats_all_of_a_long_value(flags: list[str]) -> None:
+    line = error_of("predict", *flags, "x" * 5000)
+    assert "x" * 30 in line
+    assert 0 < line.count("x" * 10) <= 8
+
+
+def test_a_message_has_the_whole_path_of_a_file_that_exists(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 100) / "mine.yaml"
+    path.parent.mkdir()
+    path.write_text("[]")
+    assert error_of("predict", "-c", str(path)).startswith(f"config: {path} has no settings")
+    assert finish(f"got {'x' * 100} and\n\ty\x1b[0m") == f"got {'x' * 79}… and y?[0m"
+
+
+def test_a_message_of_an_unknown_shape_is_still_one_line() -> None:
+    assert one_line("something\n  else") == "something else"
+
+
+@pytest.mark.parametrize("rank", ["RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"])
+def test_one_process_of_several_prints_an_error(rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for place, code in (("0", "error: .*"), ("1", "1")):
+        monkeypatch.setenv(rank, place)
+        with pytest.raises(SystemExit, match=f"^{code}$"):
+            main(["perdict"])
+
+
+def test_an_input_error_has_no_traceback_and_anything_else_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(args: list[str]) -> None:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr("clipward.cli.run", broken)
+    with pytest.raises(KeyError):
+        main([])
+    with pytest.raises(InputError):
+        prepare("fit", [])
