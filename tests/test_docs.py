@@ -7,35 +7,49 @@ from pathlib import Path
 import pytest
 
 from clipward.cli import main
+from clipward.cli.help import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 DOCS = [
     *ROOT.glob("*.md"),
     *ROOT.glob("docs/*.md"),
     *ROOT.glob("checkpoints/*/README.md"),
-    *ROOT.glob("configs/*.yaml"),
+    *ROOT.glob("configs/**/*.yaml"),
 ]
+LAUNCHER = r"(?:\w+=\S+ +|srun +|torchrun [^`]*? )*"
+COMMAND = re.compile(
+    rf"(?:^[ #$]*|`){LAUNCHER}(?:python +cli\.py|cli\.py|clipward) +((?:{'|'.join(COMMANDS)}) [^`\n]+)", re.MULTILINE
+)
 
 
-def commands() -> list[str]:
-    found = []
+def commands() -> dict[str, str]:
+    """Each command in code, from its name on, with the file that has it; one with … in it is no whole command."""
+    found: dict[str, str] = {}
     for path in DOCS:
         text = re.sub(r"\\\n\s*#?\s*", " ", path.read_text())
-        found += [
-            line.split("python cli.py ")[1].strip("`) ") for line in text.splitlines() if "python cli.py " in line
-        ]
-    return sorted({command for command in found if not command.startswith("{")})
+        for command in COMMAND.findall(text):
+            if "…" not in command and "..." not in command:
+                found[command.strip()] = str(path.relative_to(ROOT))
+    return found
 
 
-@pytest.mark.parametrize("command", commands())
+def test_there_are_commands() -> None:
+    assert {"README.md", "configs/faces.yaml"} <= set(commands().values())
+
+
+@pytest.mark.parametrize(("command", "file"), commands().items())
 def test_the_command_is_understood(
-    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    command: str, file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.chdir(ROOT)
-    arguments = shlex.split(command.split("`")[0], comments=True)
-    with pytest.raises(SystemExit) as stopped:
-        main([*arguments, "--print_config"])
-    assert stopped.value.code == 0, capsys.readouterr().err
+    arguments = shlex.split(command, comments=True)
+    if {"-h", "--help"} & set(arguments):
+        main(arguments)
+    else:
+        with pytest.raises(SystemExit) as stopped:
+            main([*arguments, "--print_config"])
+        assert stopped.value.code == 0, (file, stopped.value.code)
+    assert capsys.readouterr().out
 
 
 def test_what_the_docs_show_is_there() -> None:
