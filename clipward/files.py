@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import resources
@@ -66,6 +67,25 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"weights: {shorten(path)} can't be read as JSON ({first_line(error)})") from error
+
+
+def check_archive(path: Path, field: str) -> None:
+    """Refuse a zip archive that would take much more memory than its size on disk; any other file passes.
+
+    torch writes its archives uncompressed, so one that is compressed was made by something else.
+
+    Raises:
+        InputError: for such an archive, or a damaged one.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise InputError(f"{field}: {shorten(path)} is a damaged archive ({first_line(error)})") from error
+    if size > 1.5 * path.stat().st_size + 2**20:
+        raise InputError(f"{field}: {shorten(path)} would unpack to {size >> 20} MiB; expected a file by torch.save")
 
 
 def read_safetensors(path: Path, field: str) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -79,7 +79,7 @@ def choose_method(name: str, config: GuidanceConfig) -> str:
 
 REASONS = {  # why auto took a method, and what would be better
     "contrastive": "by the noise-aware CLIP",
-    "contrastive_denoised": "as no noise-aware CLIP is given; `clipward fit -c noisy_clip` makes one and halves the passes",
+    "contrastive_denoised": "as no noise-aware CLIP is given; `clipward fit -c noisy_clip` makes one, at half the cost",
     "classifier_guidance": "by the noise-aware classifier",
 }
 

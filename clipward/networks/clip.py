@@ -1,7 +1,6 @@
 """CLIP, frozen: the only place that imports open_clip."""
 
 import json
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from clipward.errors import InputError, first_line
+from clipward.errors import InputError, first_line, shorten
 from clipward.files import atomic_write, locate, read_safetensors, state_hash
 from clipward.networks.noise_level import NoiseConditionedConv, with_noise_level
+from clipward.networks.torchscript import is_torchscript, read_torchscript
 
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
 LEVEL_FILE = "noise_level.safetensors"  # what makes it noise-aware
@@ -106,9 +106,9 @@ class Clip:
             return cls(model, open_clip.get_tokenizer(source), dict(model.visual.preprocess_cfg), name, config)
         except ImportError as error:
             raise InputError(f"clip: {name} needs a package that is not installed ({first_line(error)})") from error
-        except (RuntimeError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-            if isinstance(error, InputError):
-                raise
+        except InputError:
+            raise
+        except Exception as error:  # open_clip raises many kinds for a folder that is not right
             raise InputError(f"clip: {name} can't be loaded ({first_line(error)})") from error
 
     def to(self, device: torch.device | str) -> "Clip":
@@ -177,13 +177,12 @@ def _from_openai(file: Path) -> Any:
     """The model of a TorchScript archive as OpenAI publishes them."""
     from open_clip.model import build_model_from_openai_state_dict
 
-    try:
-        state = torch.jit.load(file, map_location="cpu").state_dict()
-    except RuntimeError as error:
+    if not is_torchscript(file):
         raise InputError(
-            f"clip: {file} is no TorchScript archive, so it does not say its architecture; use ARCHITECTURE/FILE, such "
-            f"as ViT-B-32-quickgelu/{file} for OpenAI's weights"
-        ) from error
+            f"clip: {shorten(file)} is no TorchScript archive, so it does not say its architecture; use "
+            "ARCHITECTURE/FILE, such as ViT-B-32-quickgelu/FILE for OpenAI's weights"
+        )
+    state = read_torchscript(file, "clip")
     return build_model_from_openai_state_dict(state, cast_dtype=torch.float32)
 
 

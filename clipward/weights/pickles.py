@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from clipward.errors import InputError, first_line, shorten
+from clipward.files import check_archive
 
 AVERAGED = ("ema.shadow", "shadow", "ema")
 TRAINED = ("model", "state_dict", "")
@@ -19,6 +20,7 @@ def unpickle(path: Path) -> Any:
     Raises:
         InputError: where the file is damaged or holds anything else.
     """
+    check_archive(path, "weights")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
