@@ -79,6 +79,11 @@ class CelebAHQDataModule(L.LightningDataModule):
         self.cache, self.strict = cache, strict
         self.train_set: Subset | None = None
 
+    def prepare_data(self) -> None:
+        """Look at the data before a logger writes. Where there are several processes, all look, in ``setup``."""
+        if self.trainer is not None and self.trainer.world_size == 1:
+            self.setup(self.trainer.state.fn)
+
     def setup(self, stage: str) -> None:
         if self.train_set is None:
             self._read()

@@ -362,6 +362,11 @@ class FacesDataModule(L.LightningDataModule):
         self.batch_size, self.num_workers = batch_size, num_workers
         self.train_set: Faces | None = None
 
+    def prepare_data(self) -> None:
+        """Look at the data before a logger writes. Where there are several processes, all look, in ``setup``."""
+        if self.trainer is not None and self.trainer.world_size == 1:
+            self.setup(self.trainer.state.fn)
+
     def setup(self, stage: str) -> None:
         if stage == "fit":
             check_training(self.train_count, self.batch_size, self.trainer)

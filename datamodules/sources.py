@@ -1,5 +1,7 @@
 """Where pictures stand: the files of a folder, the rows of a parquet file, a data set on the hub."""
 
+import glob
+import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,6 +11,7 @@ from clipward.datamodules.loading import load_from_hub
 from clipward.datamodules.pictures import SUFFIXES
 from clipward.errors import InputError, first_line, list_names, shorten
 
+METADATA = "metadata.jsonl"
 EXPECTED = "a folder of pictures, a parquet file or the name of a data set on the hub"
 
 
@@ -76,7 +79,8 @@ class Folder:
     Args:
         path: the folder.
         column: what the column is called.
-        names: of the files, below ``path``; all that have a picture's suffix by default.
+        names: of the files, below ``path``; by default those that its ``metadata.jsonl`` names, or without one all that
+            have a picture's suffix.
 
     Raises:
         InputError: where there are none.
@@ -89,8 +93,20 @@ class Folder:
             raise InputError(f"data.path: got {shorten(path)}, which holds no pictures; expected {EXPECTED}")
 
     def _scan(self) -> list[str]:
+        if (self.path / METADATA).is_file():
+            return self._listed()
         found = (file for file in self.path.rglob("*") if file.suffix.lower() in SUFFIXES and not os.path.isdir(file))
         return sorted(str(file.relative_to(self.path)) for file in found)
+
+    def _listed(self) -> list[str]:
+        """The files that ``metadata.jsonl`` names, as ``predict`` and imagefolders have it: not a grid beside them."""
+        try:
+            lines = (self.path / METADATA).read_text(encoding="utf-8").splitlines()
+            names = [str(json.loads(line)["file_name"]) for line in lines if line.strip()]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            message = f"data.path: got {shorten(self.path)}, whose {METADATA} can't be read ({first_line(error)})"
+            raise InputError(message) from error
+        return sorted(name for name in names if (self.path / name).is_file())
 
     def __len__(self) -> int:
         return len(self.names)
@@ -143,12 +159,18 @@ def _read_parquet(path: Path) -> Any:
     if not os.path.isfile(path):  # also where the name is too long for one
         raise InputError(f"data.path: there is no file {shorten(path)}")
     from datasets import load_dataset
+    from datasets.utils import logging
     from pyarrow import parquet
 
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # it would print a line of its own
     try:
-        parquet.read_metadata(path)  # first, since datasets would print more than a line
-        return load_dataset("parquet", data_files=str(path), split="train")
+        parquet.read_metadata(path)
+        return load_dataset("parquet", data_files=glob.escape(str(path)), split="train")
     except Exception as error:
+        reason = first_line(error.__cause__ if isinstance(error.__cause__, Exception) else error)
         raise InputError(
-            f"data.path: got {shorten(path)}, a damaged parquet file ({first_line(error)}); expected {EXPECTED}"
+            f"data.path: got {shorten(path)}, a damaged parquet file ({reason}); expected {EXPECTED}"
         ) from error
+    finally:
+        logging.set_verbosity(verbosity)

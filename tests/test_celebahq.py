@@ -17,6 +17,7 @@ from conftest import tiny_module, tiny_trainer
 from datasets import Dataset, Image
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image as Pillow
 from pyarrow import parquet
 from torch import Tensor
@@ -493,6 +494,25 @@ def test_a_folder_has_pictures_alone(folder: Path) -> None:
             loaded(folder, **arguments)
 
 
+def test_a_damaged_table_is_one_line(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    file = table(tmp_path / "x.parquet", 60, caption=[f"a man {i}" * 20 for i in range(60)])
+    content, rng = bytearray(file.read_bytes()), random.Random(1)
+    for place in range(400, len(content) - 3000, 7):
+        content[place] = rng.randrange(256)
+    file.write_bytes(content)
+    with pytest.raises(
+        InputError, match=r"^data.path: got .*x.parquet', a damaged parquet file \(.*\); expected"
+    ) as caught:
+        loaded(file, caption_column="caption")
+    check_line(caught.value)
+    assert "Failed" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["a[1].parquet", "a*.PARQUET", "a b.parquet", "Mädchen.parquet", "a#1%20?.parquet"])
+def test_a_file_may_have_any_name(tmp_path: Path, name: str) -> None:
+    assert numbers(loaded(table(tmp_path / name, 3), val_count=0).train_set) == [0, 1, 2]
+
+
 def test_a_place_that_has_no_pictures_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file.zip").touch()
@@ -525,8 +545,8 @@ def test_a_place_that_has_no_pictures_is_refused(tmp_path: Path) -> None:
 
 
 def test_fit_ends_before_it_starts_where_there_is_nothing_to_train_on(folder: Path, tmp_path: Path) -> None:
-    trainer = tiny_trainer(tmp_path / "run", max_steps=1)
+    trainer = tiny_trainer(tmp_path / "run", max_steps=1, logger=TensorBoardLogger(tmp_path / "run"))
     with pytest.raises(InputError, match=r"^data\.batch_size: got 9, expected 6 or less"):
         trainer.fit(tiny_module(), CelebAHQDataModule(str(folder), size=16, batch_size=9))
     assert trainer.global_step == 0
-    assert not list(tmp_path.rglob("*.ckpt"))
+    assert not (tmp_path / "run").exists()

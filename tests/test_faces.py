@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_module, tiny_trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from clipward.datamodules.faces import ATTRIBUTES, Faces, FacesDataModule, attributes, caption, describe, draw
 from clipward.errors import InputError
@@ -144,7 +145,7 @@ def test_faces_are_kept_from_stage_to_stage() -> None:
 
 
 def test_fit_ends_before_it_starts_where_there_is_nothing_to_train_on(tmp_path: Path) -> None:
-    trainer = tiny_trainer(tmp_path / "run", max_steps=1)
+    trainer = tiny_trainer(tmp_path / "run", max_steps=1, logger=TensorBoardLogger(tmp_path / "run"))
     with pytest.raises(InputError, match=r"^data\.batch_size: got 64, expected 9 or less"):
         trainer.fit(tiny_module(), FacesDataModule(size=16, train_count=9))
     assert trainer.global_step == 0
