@@ -66,7 +66,7 @@ def test_a_module_imports_only_what_lies_below_it(path: Path) -> None:
 
 @pytest.mark.parametrize("path", ROOT.glob("clipward/**/*.py"), ids=module_of)
 def test_only_the_command_line_of_the_core_knows_lightning(path: Path) -> None:
-    if module_of(path) != "clipward.cli":
+    if room_of(module_of(path)) != "clipward.cli":
         assert not {name.split(".")[0] for name in imported(path)} & {"lightning", "pytorch_lightning"}
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY_CLIP, tiny_faces, tiny_trainer
 
+from clipward.cli import main
 from clipward.errors import InputError
 from clipward.lightning_modules.noisy_clip import NoisyClipModule, alpha_bar_of, move_at_random, relational_loss
 from clipward.lightning_modules.optim import OptimConfig
@@ -93,3 +94,30 @@ def test_a_noise_aware_teacher_is_refused(tmp_path: Path) -> None:
     module = NoisyClipModule("clipward:faces64/noisy_clip")
     with pytest.raises(InputError, match="is noise-aware already"):
         module.configure_model()
+
+
+def test_fit_draws_the_samples_once_and_learns_from_them(
+    tmp_path: Path, tiny_weights: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    samples = tmp_path / "samples"
+
+    def fit(name: str, *more: str) -> None:
+        models = ["--weights", str(tiny_weights), "--clip", str(tiny_clip), "--model.save_dir", str(tmp_path / name)]
+        data = ["--data.samples", "8", "--data.batch_size", "2", "--data.skip_steps", "2"]
+        trainer = ["max_steps=2", "logger=false", "callbacks=[]", "enable_progress_bar=false", "val_check_interval=2"]
+        flags = [f"--trainer.{setting}" for setting in (*trainer, "accelerator=cpu")]
+        main(["fit", "-c", "noisy_clip", *models, *data, "--data.samples_dir", str(samples), *flags, *more])
+
+    fit("one")
+    drawn = {file: file.stat().st_mtime_ns for file in samples.glob("0*.png")}
+    assert len(drawn) == 8
+    (samples / "000003.png").unlink()
+    fit("two")
+    after = {file: file.stat().st_mtime_ns for file in samples.glob("0*.png")}
+    assert [file.name for file in drawn if after[file] != drawn[file]] == ["000003.png"]
+    assert Clip.load(str(tmp_path / "two")).noise_aware
+    fit("three", "--data.path", str(samples), "--data.size", "16", "--data.samples_dir", str(tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+    with pytest.raises(SystemExit, match=r"save_dir: .*skip_steps"):
+        fit("four", "--data.skip_steps", "3")

@@ -24,9 +24,11 @@ from clipward.callbacks.prediction_writer import PredictionWriter
 from clipward.cli.flags import DEFAULTS, FLAGS, MODEL_FLAGS, REQUEST_FLAGS, Flag
 from clipward.cli.help import COMMANDS
 from clipward.cli.messages import first_process
+from clipward.cli.own_samples import draw_own_samples
 from clipward.cli.parser import OneLineParser
 from clipward.cli.settings import prepare, shipped
 from clipward.cli.yaml_files import read_mapping
+from clipward.datamodules.own_samples import OwnSamplesDataModule
 from clipward.datamodules.prompts import PromptDataModule
 from clipward.errors import InputError, shorten
 from clipward.evaluation.judges import Judges
@@ -157,7 +159,7 @@ class ClipwardCLI(LightningCLI):
             self.callback.data = self.datamodule
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        if self.subcommand == "fit":
+        if self.subcommand == "fit" and self._get(self.config_init, "trainer.logger") is not False:
             self.save_config_callback = SaveConfigCallback
             self.save_config_kwargs = {"config_filename": "config.fit.yaml"}
         plugins = self._get(self.config_init, "trainer.plugins") or []
@@ -179,6 +181,10 @@ class ClipwardCLI(LightningCLI):
             if self.trainer.progress_bar_callback is not None and first_process():
                 print(file=sys.stderr)  # the bar has left its line open
             raise
+
+    def before_fit(self) -> None:
+        if isinstance(self.datamodule, OwnSamplesDataModule) and self.datamodule.draws:
+            draw_own_samples(self.trainer, self.model.weights, self.datamodule)
 
     def before_predict(self) -> None:
         self.datamodule = self.requests

@@ -1,0 +1,42 @@
+"""The samples that ``fit`` draws from a diffusion model before it trains on them."""
+
+from typing import Any
+
+import lightning as L
+import yaml
+
+from clipward.callbacks.prediction_writer import PredictionWriter
+from clipward.datamodules.own_samples import OwnSamplesDataModule
+from clipward.datamodules.prompts import PromptDataModule
+from clipward.errors import InputError
+from clipward.lightning_modules.ddpm import DDPMModule
+from clipward.sampler import SamplingConfig
+
+
+def draw_own_samples(trainer: L.Trainer, weights: str | None, data: OwnSamplesDataModule) -> None:
+    """Draw what is missing of a data module's samples, as ``clipward predict`` would: restartable, on all devices.
+
+    Args:
+        trainer: of the fit that follows.
+        weights: the diffusion model's.
+        data: whose samples they are.
+
+    Raises:
+        InputError: where there are no weights, or the folder holds something else.
+    """
+    if weights is None:
+        raise InputError("weights: got none, expected a diffusion model to draw samples from, or --data.path PICTURES")
+    settings = {"skip_steps": data.skip_steps, "ddim": True}
+    made_by: dict[str, Any] = {"weights": weights, "seed": data.seed, "unguided": True, "sampling": settings}
+    writer: Any = PredictionWriter(str(data.samples_dir), yaml.safe_dump(made_by))
+    requests = PromptDataModule(n_samples=data.samples, seed=data.seed, micro_batch=data.micro_batch)
+    requests.done = writer.finished()
+    if next(iter(requests.predict_dataloader()), None) is None:
+        return
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks.append(writer)
+    try:
+        module = DDPMModule(weights=weights, sampling=SamplingConfig(**settings))
+        trainer.predict(module, datamodule=requests, return_predictions=False)
+    finally:
+        callbacks.remove(writer)
