@@ -52,6 +52,7 @@ class TrainingConfig(OptimConfig):
 
 
 class Guided(Protocol):
+    text: str
     guidance_weight: float
 
 
@@ -264,6 +265,9 @@ class DDPMModule(Reproducible):
             guided = isinstance(data, HasRequests) and any(request.guidance_weight for request in data.requests)
             name = choose_method(self.sampling.method, self.models.config)
             self.models.load(METHODS[name].guided_by if guided else None)
+            if guided:
+                texts = (request.text for request in data.requests if request.guidance_weight)
+                self.models.check_texts(dict.fromkeys(texts), METHODS[name])
             if guided and self.sampling.method == AUTO and self.trainer.is_global_zero:
                 print(f"method: {name}, {REASONS[name]}")
             if self.sharded:

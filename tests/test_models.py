@@ -13,7 +13,7 @@ from clipward.lightning_modules.ddpm import DDPMModule
 from clipward.networks.classifier import Classifier, save_classifier
 from clipward.networks.clip import OPENAI_PREPROCESSING, make_noise_aware, new_model, save_folder
 from clipward.networks.vocabulary import load_vocabulary
-from clipward.sampler import SamplingConfig
+from clipward.sampler import Sampler, SamplingConfig
 
 VOCABULARY = load_vocabulary("faces")[0]
 
@@ -178,3 +178,24 @@ def test_contrast_groups_are_read_from_a_file(tmp_path: Path) -> None:
         load_contrasts(str(path))
     with pytest.raises(InputError, match=r"contrasts: got 'birds', expected .* faces, photographs"):
         load_contrasts("birds")
+
+
+@pytest.mark.parametrize(
+    ("method", "text", "message"),
+    [
+        ("clip_guidance", "a man " * 9, "text: .* tokens too long for this CLIP, which reads 16"),
+        ("contrastive", "an old " + "fine " * 11 + "man", "is a contrast caption of"),
+        ("classifier_guidance", "a dog", "the classifier finds nothing to look for in 'a dog'"),
+    ],
+)
+def test_a_text_that_cannot_guide_is_found_before_anything_is_drawn(
+    method: str, text: str, message: str, tmp_path: Path, tiny_weights: Path, tiny_clip: Path, noisy_clip: str,
+    classifier: str, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    module = tiny_module(
+        weights=str(tiny_weights), clip=str(tiny_clip), noisy_clip=noisy_clip, classifier=classifier,
+        contrasts=[["old", "very very very old"]], sampling=SamplingConfig(method=method, skip_steps=2),
+    )  # fmt: skip
+    monkeypatch.setattr(Sampler, "sample", lambda *_: pytest.fail("drawn before the texts were checked"))
+    with pytest.raises(InputError, match=message):
+        tiny_trainer(tmp_path).predict(module, PromptDataModule(text=["a man", text], n_samples=1))

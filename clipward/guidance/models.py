@@ -1,6 +1,6 @@
 """The models that guide: CLIPs, a noise-aware CLIP, a noise-aware classifier. Each is loaded when it is needed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from clipward.guidance.objectives import (
 from clipward.networks.classifier import Classifier, load_classifier
 from clipward.networks.clip import Clip
 from clipward.networks.sharding import shard
+from clipward.networks.vocabulary import check_attributes
 
 LARGE = 200_000_000  # parameters of an image tower that is worth sharding: ViT-L and larger
 
@@ -158,6 +159,26 @@ class GuidanceModels:
             if sum(p.numel() for p in visual.parameters()) >= LARGE:
                 clip.keep_hash()  # of the whole model, before it is in parts
                 shard(visual, getattr(getattr(visual, "transformer", None), "resblocks", []), mesh)
+
+    def check_texts(self, texts: Iterable[str], method: Method) -> None:
+        """Check that the CLIPs of a method can read all texts and their contrast captions, before any is encoded.
+
+        Raises:
+            InputError: where one is empty or too long; a classifier must know something that the text names.
+        """
+        if method.guided_by == "classifier":
+            for text in texts:
+                check_attributes(self.classifier.vocabulary, text, "classifier")
+            return
+        clips = {clip.name: clip for clip in self.clips} if self.names else {}
+        if method.guided_by == "noisy clip":
+            clips[self.noisy_clip.name] = self.noisy_clip
+        longest = max((len(phrase.encode()) for group in self.contrasts for phrase in group), default=0)
+        for text in texts:
+            for clip in clips.values():
+                clip.check_length(text)
+                if method.contrast and len(text.encode()) + longest + 4 > clip.context_length:
+                    ContrastiveLogLikelihood(clip, [text], self.contrasts, self.config.neutral)
 
     def cosines(self, image: Tensor, text: Sequence[str]) -> Tensor:
         """(B, T): the cosine of each picture and each text, averaged over the CLIPs."""

@@ -135,16 +135,19 @@ class Clip:
         device = next(self.model.parameters()).device
         for text in dict.fromkeys(texts):
             if text not in self._texts:
-                self._check_length(text)
+                self.check_length(text)
                 with torch.autocast(device.type, enabled=False):
                     features = self.model.encode_text(self.tokenizer([text]).to(device))
                 self._texts[text] = features.float()[0]
         found = torch.stack([self._texts[text].to(device) for text in texts])
         return F.normalize(found, dim=-1) if normalise else found
 
-    def _check_length(self, text: str) -> None:
+    def check_length(self, text: str) -> None:
+        """Raise :class:`InputError` where a text is empty or longer than the context."""
         if not text.strip():
             raise InputError("text: got an empty text, expected a sentence that says what to draw")
+        if len(text.encode()) + 2 <= self.context_length:
+            return  # no token is shorter than a byte
         if hasattr(self.tokenizer, "encode"):
             length = len(self.tokenizer.encode(text)) + 2  # a start and an end
         else:  # open_clip's wrapper of a tokenizer of transformers
@@ -152,7 +155,7 @@ class Clip:
         over = length - self.context_length
         if over > 0:
             raise InputError(
-                f"text: {text!r} is {over} tokens too long for this CLIP, which reads {self.context_length}"
+                f"text: {shorten(text)} is {over} tokens too long for this CLIP, which reads {self.context_length}"
             )
 
     def encode_image(self, image: Tensor, alpha_bar: Tensor | float = 1.0, normalise: bool = True) -> Tensor:
