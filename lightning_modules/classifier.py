@@ -62,14 +62,17 @@ class ClassifierModule(Reproducible):
         return loss
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        logits = self.network(batch["image"])
-        right = torch.stack(
-            [logits[name].argmax(1) == batch["labels"][:, i] for i, name in enumerate(self.network.vocabulary)]
-        )
-        size = len(batch["labels"])
-        for name, row in zip(self.network.vocabulary, right, strict=True):
-            self.log(f"val/accuracy_{name}", row.float().mean(), batch_size=size, sync_dist=True)
-        self.log("val/accuracy_all", right.all(dim=0).float().mean(), batch_size=size, sync_dist=True, prog_bar=True)
+        logits, labels = self.network(batch["image"]), batch["labels"]
+        said = torch.stack([logits[name].argmax(dim=1) for name in self.network.vocabulary], dim=1)
+        known, right = labels >= 0, said == labels  # (B, attributes)
+        for column, name in enumerate(self.network.vocabulary):
+            self._log_share(f"val/accuracy_{name}", right[:, column], known[:, column])
+        self._log_share("val/accuracy_all", (right | ~known).all(dim=1), known.any(dim=1), prog_bar=True)
+
+    def _log_share(self, name: str, right: Tensor, known: Tensor, **options: Any) -> None:
+        count = int(known.sum())  # every process logs, since the sum over processes waits for all
+        share = (right & known).float().sum() / max(count, 1)
+        self.log(name, share, batch_size=count, sync_dist=True, **options)
 
     def configure_optimizers(self) -> dict[str, Any]:
         return adamw(self.parameters(), self.optim, self.trainer.max_steps)

@@ -133,8 +133,10 @@ class ClipModule(Reproducible):
             answers = F.normalize(
                 self.model.encode_text(self.tokenizer(list(prompts.values())).to(self.device)).float(), dim=-1
             )
-            right = (image_features @ answers.T).argmax(dim=1) == batch["labels"][:, column]
-            self.log(f"val/zero_shot_{name}{suffix}", right.float().mean(), batch_size=count, sync_dist=True)
+            labels = batch["labels"][:, column]
+            right, known = (image_features @ answers.T).argmax(dim=1) == labels, int((labels >= 0).sum())
+            share = right.float().sum() / max(known, 1)
+            self.log(f"val/zero_shot_{name}{suffix}", share, batch_size=known, sync_dist=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
         return adamw(self.model.parameters(), self.optim, self.trainer.max_steps)

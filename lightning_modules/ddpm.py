@@ -1,6 +1,7 @@
 """The diffusion model: training, fine-tuning and guided sampling."""
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -18,7 +19,7 @@ from clipward.guidance.models import REASONS, GuidanceConfig, GuidanceModels, ch
 from clipward.lightning_modules.ema import EMA
 from clipward.lightning_modules.optim import OptimConfig, adamw
 from clipward.lightning_modules.reproducible import Reproducible
-from clipward.networks.sharding import fill, shard
+from clipward.networks.sharding import fill, full_state, own_parameters, shard
 from clipward.networks.unet import UNet
 from clipward.sampler import Sampler, SamplingConfig
 from clipward.weights.architecture import Architecture, Weights
@@ -109,6 +110,7 @@ class DDPMModule(Reproducible):
         self.checkpoint_activations = checkpoint_activations
         self.save_path = None if save_path is None else Path(save_path)
         self.unet: UNet | None = None
+        self.ema: EMA | None = None
         self.trained = False  # whether the network has weights from anywhere but chance
         self._provenance: dict[str, Any] | None = None
 
@@ -133,14 +135,21 @@ class DDPMModule(Reproducible):
             self.trained = True
         if self.sharded:
             shard(self.unet, self.unet.blocks(), self.device_mesh["data_parallel"])
-        self.ema = EMA(self.unet, self.optim.ema_decay)
+        if self._trainer is None or self.trainer.training:  # else the network holds the averages, and nothing changes
+            self.ema = EMA(self.unet, self.optim.ema_decay)
         any_process = self._any_process if self.sharded else None
-        self.sampler = Sampler(
-            self.unet, self.architecture, self.models, self.sampling, lambda: self.ema.applied(), any_process
-        )
+        self.sampler = Sampler(self.unet, self.architecture, self.models, self.sampling, self.averaged, any_process)
         self.schedule = self.sampler.schedule
         if self._trainer is not None and (self.trainer.predicting or self.trainer.testing):
             self.sampler.check()
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """A context within which the network has the averaged weights."""
+        return nullcontext() if self.ema is None else self.ema.applied()
+
+    def average(self) -> dict[str, Tensor]:
+        """The averaged weights in float32, with all their parts in every process."""
+        return full_state(own_parameters(self.unet) if self.ema is None else self.ema.average)
 
     # training
 
@@ -181,7 +190,7 @@ class DDPMModule(Reproducible):
         fixed = torch.Generator().manual_seed(batch_idx)
         t = torch.randint(len(self.schedule), (len(x0),), generator=fixed).to(x0.device)
         eps = torch.randn(x0.shape, generator=fixed).to(x0.device)
-        with self.ema.applied():
+        with self.averaged():
             loss = self.loss(x0, t, eps)
         self.log("val/loss", loss, batch_size=len(x0), prog_bar=True, sync_dist=True)
 
@@ -196,7 +205,7 @@ class DDPMModule(Reproducible):
 
     def on_fit_end(self) -> None:
         if self.save_path is not None and not self.trainer.fast_dev_run:
-            average = self.ema.full_state()
+            average = self.average()
             if self.trainer.is_global_zero:
                 save_weights(self.save_path, Weights(self.architecture, average), half=True)
 
@@ -251,7 +260,7 @@ class DDPMModule(Reproducible):
             self._provenance = {
                 **self.sampler.settings(),
                 "weights": None if self.trainer.training else str(self.weights_path or self.trainer.ckpt_path),
-                "weights_hash": state_hash(self.ema.full_state()),
+                "weights_hash": state_hash(self.average()),
                 **self.models.provenance(self.sampler.method),
                 "precision": str(self.trainer.precision),
                 "device": self.device.type,
@@ -297,7 +306,7 @@ class DDPMModule(Reproducible):
         super().on_save_checkpoint(checkpoint)
         checkpoint["architecture"] = self.architecture.to_dict()
         checkpoint["current_model_state"] = dict(checkpoint["state_dict"])
-        checkpoint["state_dict"] |= {f"unet.{name}": average for name, average in self.ema.full_state().items()}
+        checkpoint["state_dict"] |= {f"unet.{name}": average for name, average in self.average().items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
@@ -311,13 +320,15 @@ class DDPMModule(Reproducible):
         if "state_dict" in checkpoint:
             averaged = _of_unet(checkpoint["state_dict"]) if training or self.use_ema else raw
             Weights(given, averaged).into(self.unet)
-            self.ema.load(averaged)
+            if self.ema is not None:
+                self.ema.load(averaged)
             if training or not self.use_ema:
                 checkpoint["state_dict"] = checkpoint["current_model_state"]
         else:  # a strategy that shards has put it into the network
             if not (training or self.use_ema):
                 fill(self.unet, raw)
-            self.ema.reset()
+            if self.ema is not None:
+                self.ema.reset()
             if training:
                 fill(self.unet, raw)
         self.trained = True

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from clipward.networks.sharding import fill, full_tensor, own_parameters
+from clipward.networks.sharding import fill, own_parameters
 
 
 class EMA:
@@ -47,7 +47,3 @@ class EMA:
             yield
         finally:
             fill(self.network, own)
-
-    def full_state(self) -> dict[str, Tensor]:
-        """The averages with all their parts, in every process."""
-        return {name: full_tensor(average).detach().clone() for name, average in self.average.items()}

@@ -134,10 +134,10 @@ class NoisyClipModule(Reproducible):
             agrees = said == (target @ answers).argmax(dim=1)
             self.log(f"val/agreement_{name}/{level}", agrees.float().mean(), batch_size=len(said), sync_dist=True)
             if "labels" in batch:
-                known = batch["labels"][:, column] >= 0
-                right = (said == batch["labels"][:, column])[known].float()
-                if known.any():
-                    self.log(f"val/right_{name}/{level}", right.mean(), batch_size=int(known.sum()), sync_dist=True)
+                labels = batch["labels"][:, column]
+                known = int((labels >= 0).sum())
+                share = (said == labels).float().sum() / max(known, 1)
+                self.log(f"val/right_{name}/{level}", share, batch_size=known, sync_dist=True)
 
     def configure_optimizers(self) -> dict[str, Any]:
         return adamw(self.student.visual.parameters(), self.optim, self.trainer.max_steps)

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import tiny_faces, tiny_trainer
 from torch.utils.data import DataLoader
 
@@ -60,7 +61,7 @@ def test_a_file_that_is_no_judge_is_refused(tmp_path: Path, tiny_weights: Path) 
         with pytest.raises(InputError, match=message):
             load_classifier(path)
     (tmp_path / "text").write_text("hello")
-    with pytest.raises(InputError, match="is no safetensors file"):
+    with pytest.raises(InputError, match="or no safetensors file"):
         load_classifier(tmp_path / "text")
 
 
@@ -77,3 +78,18 @@ def test_a_noise_aware_one_learns_from_noise_and_is_read_again(tmp_path: Path) -
     with torch.no_grad():
         clean, noisy = (classifier(x, alpha_bar)["age"] for alpha_bar in (1.0, 0.1))
     assert not torch.equal(clean, noisy)
+
+
+def test_labels_that_are_not_known_are_left_out(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    classifier, image = Classifier(VOCABULARY, 8).eval(), torch.randn(4, 3, 16, 16)
+    labels = torch.tensor([[0, 1, 2, 0, 1], [1, -1, 3, -1, 0], [-1, -1, 0, 1, 1], [1, -1, 1, -1, -1]])
+    logits = classifier(image)
+    expected = []
+    for column, name in enumerate(VOCABULARY):
+        known = labels[:, column] >= 0
+        expected.append(F.cross_entropy(logits[name][known], labels[known, column]))
+    torch.testing.assert_close(classifier.loss(image, labels), torch.stack(expected).mean())
+    unknown = labels.clone()
+    unknown[:, 2] = -1
+    assert torch.isfinite(classifier.loss(image, unknown))

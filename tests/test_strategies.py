@@ -281,8 +281,8 @@ def test_a_large_clip_is_sharded_too(config: str, tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        "from cli import main\nfrom lightning_modules import critics\nshard, critics.LARGE = critics.shard, 0\n"
-        "critics.shard = lambda *arguments: (print('a CLIP in parts'), shard(*arguments))\nmain()\n"
+        "from clipward.cli import main\nfrom clipward.guidance import models\nshard, models.LARGE = models.shard, 0\n"
+        "models.shard = lambda *arguments: (print('a CLIP in parts'), shard(*arguments))\nmain()\n"
     )
     flags = ["predict", "-c", config, *REQUESTS, "--method", "mpgd", "--micro_batch", "2"]
     finish(start(*flags, "--save_dir", str(tmp_path / "one")))

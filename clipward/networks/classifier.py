@@ -46,10 +46,14 @@ class Classifier(nn.Module):
         return {name: head(features) for name, head in self.heads.items()}
 
     def loss(self, image: Tensor, labels: Tensor, alpha_bar: Tensor | float = 1.0) -> Tensor:
-        """Cross-entropy averaged over the attributes; ``labels`` is (B, attributes)."""
+        """Cross-entropy averaged over the attributes; ``labels`` is (B, attributes), −1 where one is not known."""
         logits = self(image, alpha_bar)
-        losses = [F.cross_entropy(logits[name], labels[:, i]) for i, name in enumerate(self.vocabulary)]
-        return torch.stack(losses).mean()
+        known = (labels >= 0).sum(dim=0).clamp(min=1)  # (attributes,)
+        sums = [
+            F.cross_entropy(logits[name], labels[:, i], ignore_index=-1, reduction="sum") / known[i]
+            for i, name in enumerate(self.vocabulary)
+        ]
+        return torch.stack(sums).mean()
 
     def find_attributes(self, text: str) -> dict[str, str]:
         """What a text names; see :func:`named`."""

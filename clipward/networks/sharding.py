@@ -24,9 +24,12 @@ def own_parameters(network: nn.Module) -> dict[str, nn.Parameter]:
     return dict(network.named_parameters())
 
 
-def full_tensor(value: Tensor) -> Tensor:
-    """A tensor with all its parts, in every process."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
+def full_state(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights by name in float32, with all their parts in every process; what has no parts is not copied."""
+    return {
+        name: (value.full_tensor() if isinstance(value, DTensor) else value).detach().float()
+        for name, value in weights.items()
+    }
 
 
 @torch.no_grad()
