@@ -259,6 +259,7 @@ def test_other_modules_keep_their_names() -> None:
         ("predict --unguided maybe", "unguided: got 'maybe', expected true or false"),
         ("predict --micro_batch lots", "micro_batch: got 'lots', expected a whole number or auto"),
         ("predict --skip_type log", "skip_type: got 'log', expected one of uniform, uniform2, quad"),
+        ("predict --seed_everything -1", "seed_everything: -1 is not in bounds, numpy accepts from 0 to 4294967295"),
         ("predict --output zip", "output: got 'zip', expected one of files, webdataset, parquet"),
         ("predict --model.network.image_size x", "model.network.image_size: got 'x', expected a whole number"),
         ("predict --model.sampling.interval 0.2", "model.sampling.interval: got '0.2', expected a list"),
@@ -271,7 +272,7 @@ def test_other_modules_keep_their_names() -> None:
         ("predict --model Nonsense", "model: got 'Nonsense', expected a class path such as package.module.Class"),
         (
             "predict --model nowhere.Model",
-            "model: got nowhere.Model, expected a class that can be imported (No module named 'nowhere')",
+            "model: got nowhere.Model, expected a class that takes these settings (No module named 'nowhere')",
         ),
         ("predict --model.optim 3", "model.optim: got '3', expected settings, or a file of them"),
         (
@@ -299,14 +300,24 @@ def test_a_mistake_is_named_in_one_line(args: str, message: str) -> None:
     [
         ("foo: 1", "foo: predict has no such setting; --help.all lists all"),
         ("trainer: {foo: 1}", "trainer.foo: predict has no such setting; --help.all lists all"),
-        ("trainer: 3", "trainer: got 3 in FILE, expected settings such as `max_steps: 100`"),
+        ("trainer: 3", "trainer: got 3 in FILE, expected settings, or a file of them"),
         ("model: {init_args: {foo: 1}}", "model.foo: DDPMModule has no such setting; --help.all lists all"),
         (
             "model: {init_args: {optim: 3}}",
             "model.optim: got 3, expected settings: learning_rate, weight_decay, warmup_steps, cooldown_steps, "
             "ema_decay, min_snr_gamma",
         ),
-        ("model: {class_path: 3}", "model: got {'class_path': 3}, expected settings, or a file of them"),
+        ("model: {class_path: 3}", "model.class_path: got 3 in FILE, expected a class path"),
+        ("data: {init_args: [1]}", "data.init_args: got [1] in FILE, expected settings"),
+        (
+            "model: {init_args: {network: {num_timesteps: null}}}",
+            "model.network.num_timesteps: got null, expected a value",
+        ),
+        (
+            "model: {init_args: {guidance: {contrasts: [1]}}}",
+            "model.guidance.contrasts: got [1], expected text or a list",
+        ),
+        ("ddim: 2", "ddim: got 2 in FILE, expected true or false"),
         ("n_samples: many", "n_samples: got 'many', expected a whole number"),
         ("text: a man", "text: got 'a man' in FILE, expected a list, such as ['a man']"),
         ("guidance_weight: [a]", "guidance_weight: got 'a', expected a number"),

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -65,6 +65,12 @@ class ClipwardCLI(LightningCLI):
             add_flag(parser, name, flag)
         parser.set_defaults(DEFAULTS.get(subcommand, {}))
         return parser
+
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise InputError(f"seed_everything: {error}") from error
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
@@ -237,11 +243,13 @@ def import_class(path: str) -> Any:
 
 
 def check_groups(kinds: dict[str, Any], settings: Namespace, where: str) -> None:
-    """Raise :class:`InputError` where a value stands in place of a group of settings, which the parser lets pass."""
+    """Raise :class:`InputError` for what the parser lets pass: null, and a value in place of a group of settings."""
     for name, kind in kinds.items():
+        value = settings.get(name, "")
+        if value is None and kind is not None and type(None) not in get_args(kind) and kind is not Any:
+            raise InputError(f"{where}.{name}: got null, expected a value")
         if not is_dataclass(kind) or name not in settings:
             continue
-        value = settings[name]
         if not isinstance(value, Namespace):
             known = ", ".join(each.name for each in fields(kind))
             raise InputError(f"{where}.{name}: got {shorten(value)}, expected settings: {known}")

@@ -35,7 +35,7 @@ SETTING = re.compile(r"(?:(Subcommand|Group) '([^']+)' does not accept option|Op
 REQUIRED = re.compile(r"the following arguments are required: (?:\w+\.)?([\w.]+)")
 NO_VALUE = re.compile(r"argument (?:-\w, ?|-\w/)?(?:--)?([\w.]+): expected (.*)")
 EXPECTED = re.compile(r"Expected a (<class '[^']+'>|typing\.Literal\[.*?\]|dot import path)")
-GIVEN = re.compile(r"(?:Given value|Got value): ([\s\S]*)|Unable to load config (.*)")
+GOT = re.compile(r"Got value: (.*)|Unable to load config (.*)")
 NESTED = re.compile(r"NestedArg\(key='[^']*', val=(.*)\)", re.DOTALL)
 
 
@@ -71,7 +71,7 @@ def one_line(message: str, flags: Sequence[str] = ()) -> str:
     if not keys:
         return collapse(text)
     if owner:
-        return f"{'.'.join(keys)}: got {owner}, expected a class that can be imported ({collapse(text)})"
+        return f"{'.'.join(keys)}: got {owner}, expected a class that takes these settings ({collapse(text)[:100]})"
     return f"{'.'.join(keys)}: got {_given(text)}, expected {_expected(text) or 'settings, or a file of them'}"
 
 
@@ -87,8 +87,11 @@ def _nearest(name: str, flags: Sequence[str]) -> str | None:
 
 
 def _given(text: str) -> str:
-    found = GIVEN.search(text)
-    value = (found[1] or found[2] or "").strip() if found else collapse(text)
+    _, union, value = text.rpartition("Given value: ")
+    if not union:
+        found = GOT.search(text)
+        value = (found[1] or found[2] or "") if found else collapse(text)
+    value = value.strip()
     nested = NESTED.fullmatch(value)
     value = nested[1] if nested else value
     try:

@@ -49,7 +49,7 @@ def find_renamed(settings: Iterable[Setting], module: str = "DDPMModule") -> dic
             argument = "opposites"
         if module == "DDPMModule" and argument in RENAMED["argument"]:
             found[f"model.{argument}"] = f"model.{RENAMED['argument'][argument]}"
-        if parts[-1] == "method" and value in RENAMED["method"]:
+        if parts[-1] == "method" and isinstance(value, str) and value in RENAMED["method"]:
             found[f"method {value}"] = RENAMED["method"][value]
         if isinstance(value, str) and parts[0] in ("model", "data", "trainer"):
             for package, rest in CLASS_PATH.findall(value):

@@ -91,14 +91,23 @@ def find_config(name: str) -> Path:
 
 def check_shapes(command: str, path: Path, content: dict[str, Any]) -> None:
     """Raise :class:`InputError` for what the parser would only stumble over."""
-    if "trainer" in content and not isinstance(content["trainer"], dict | str):
-        raise InputError(
-            f"trainer: got {shorten(content['trainer'])} in {path}, expected settings such as `max_steps: 100`"
-        )
+    for part in ("trainer", "model", "data"):
+        value = content.get(part, {})
+        _check(part, value, path, dict | str | None, "settings, or a file of them")
+        if isinstance(value, dict) and part != "trainer":
+            _check(f"{part}.class_path", value.get("class_path", ""), path, str, "a class path")
+            _check(f"{part}.init_args", value.get("init_args"), path, dict | None, "settings")
     for name, flag in FLAGS[command].items():
         value = content.get(name)
-        if flag.several and value is not None and not isinstance(value, list):
-            raise InputError(f"{name}: got {shorten(value)} in {path}, expected a list, such as [{shorten(value)}]")
+        if flag.several:
+            _check(name, value, path, list | None, f"a list, such as [{shorten(value)}]")
+        elif not flag.value:
+            _check(name, value, path, bool | None, "true or false")
+
+
+def _check(name: str, value: Any, path: Path, kind: Any, expected: str) -> None:
+    if not isinstance(value, kind):
+        raise InputError(f"{name}: got {shorten(value)} in {path}, expected {expected}")
 
 
 def parts(content: dict[str, Any], folder: Path) -> list[Setting]:
