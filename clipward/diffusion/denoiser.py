@@ -19,6 +19,7 @@ class Prediction(NamedTuple):
     x0: Tensor  # (B, C, H, W) in [-1, 1]
     eps: Tensor  # (B, C, H, W)
     variance: Tensor  # σ_t² of p_θ(x_s | x_t): a scalar, or (B, C, H, W) where the network learned it
+    unguided_x0: Tensor | None = None  # (B, C, H, W), what x0 was before guidance moved it; None where none did
 
 
 Denoiser = Callable[[Tensor, Step], Prediction]

@@ -69,6 +69,8 @@ class GuidanceError(RuntimeError):
 class GuidedDenoiser:
     """A denoiser, run once, and ``guidances`` folded over what it predicts; none of them is unguided sampling.
 
+    What x̂0 would be without guidance is kept beside it; a :class:`Clamp` is no guidance, and clamps both.
+
     Args:
         denoise: what is guided.
         guidances: in the order in which they change a prediction.
@@ -98,8 +100,7 @@ class GuidedDenoiser:
         if self.in_float32 is not None and broken.any():
             with self.in_float32():
                 again = self._guided(x, step)
-            chosen = broken[:, None, None, None]
-            pred = Prediction(*(torch.where(chosen, new, old) for new, old in zip(again, pred, strict=True)))
+            pred = _choose(broken, again, pred)
             broken = _broken(pred)
         if broken.any():
             reason = f"the guidance has no gradient, or one that is not finite, at t={step.t}"
@@ -110,10 +111,23 @@ class GuidedDenoiser:
         needs_graph = any(guidance.needs_graph(step) for guidance in self.guidances)
         x = x.detach().requires_grad_(needs_graph)
         with torch.set_grad_enabled(needs_graph):
-            pred = self.denoise(x, step)
+            unguided = pred = self.denoise(x, step)
             for guidance in self.guidances:
+                alike = unguided is pred
                 pred = guidance(pred, x, step)
-        return Prediction(*(field.detach() for field in pred))
+                if isinstance(guidance, Clamp):
+                    unguided = pred if alike else guidance(unguided, x, step)
+        x0 = None if unguided is pred else unguided.x0.detach()
+        return Prediction(pred.x0.detach(), pred.eps.detach(), pred.variance.detach(), x0)
+
+
+def _choose(images: Tensor, one: Prediction, other: Prediction) -> Prediction:
+    """One prediction for the chosen ``images``, (B,), and another for the rest."""
+    chosen = images[:, None, None, None]
+    x0, eps, variance = (torch.where(chosen, a, b) for a, b in zip(one[:3], other[:3], strict=True))
+    if one.unguided_x0 is None or other.unguided_x0 is None:
+        return Prediction(x0, eps, variance)
+    return Prediction(x0, eps, variance, torch.where(chosen, one.unguided_x0, other.unguided_x0))
 
 
 def _broken(pred: Prediction) -> Tensor:
