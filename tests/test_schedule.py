@@ -1,10 +1,12 @@
 import itertools
+import math
+from typing import get_args
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 
-from clipward.diffusion.schedule import Schedule, time_travel
+from clipward.diffusion.schedule import Schedule, SkipType, half_log_snr, time_travel
 from clipward.errors import InputError
 
 
@@ -16,11 +18,13 @@ def test_alpha_bar_is_that_of_diffusers(name: str, theirs: str) -> None:
     torch.testing.assert_close(ours, reference.double(), rtol=2e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("skip_type", ["uniform", "uniform2", "quad"])
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+@pytest.mark.parametrize("skip_type", get_args(SkipType))
 @pytest.mark.parametrize("n", [1, 2, 7, 50, 300, 800])
-def test_exactly_n_steps_that_meet_and_never_repeat(skip_type: str, n: int) -> None:
-    steps = Schedule.from_name("linear").steps(n, skip_type)
+def test_exactly_n_steps_that_meet_and_never_repeat(skip_type: str, n: int, name: str) -> None:
+    steps = Schedule.from_name(name).steps(n, skip_type)
     assert len(steps) == n
+    assert 0 <= steps[-1].t <= steps[0].t < 1000
     assert all(step.t > step.s for step in steps)
     assert all(a.s == b.t for a, b in itertools.pairwise(steps))
     assert steps[-1].s == -1
@@ -36,6 +40,49 @@ def test_where_the_skip_types_go() -> None:
     assert times("uniform") == list(range(980, -1, -20))
     assert (times("uniform2")[0], times("uniform2")[-1]) == (999, 0)
     assert (times("quad")[0], times("quad")[-3:]) == (800, [2, 1, 0])
+    assert times("trailing") == list(range(999, 0, -20))
+    for skip_type in ("karras", "logsnr"):
+        assert (times(skip_type)[0], times(skip_type)[-2:]) == (999, [1, 0])
+    assert all(schedule.steps(1, skip_type)[0].t == 999 for skip_type in ("uniform2", "trailing", "karras", "logsnr"))
+
+
+THEIR_SPACING = {
+    "trailing": {"timestep_spacing": "trailing"},
+    "karras": {"use_karras_sigmas": True},
+    "logsnr": {"use_lu_lambdas": True},
+}
+
+
+@pytest.mark.parametrize("skip_type", THEIR_SPACING)
+@pytest.mark.parametrize("name", ["linear", "scaled_linear", "cosine"])
+@pytest.mark.parametrize("n", [1, 3, 7, 10, 15, 20, 24, 30, 50])
+def test_the_times_are_those_of_diffusers(skip_type: str, name: str, n: int) -> None:
+    """Wherever diffusers' differ from one another."""
+    theirs = {"cosine": "squaredcos_cap_v2"}.get(name, name)
+    options = {"beta_start": 1e-4, "beta_end": 0.02, "beta_schedule": theirs, **THEIR_SPACING[skip_type]}
+    scheduler = DPMSolverMultistepScheduler(1000, **options)
+    schedule = Schedule.from_name(name)
+    scheduler.alphas_cumprod = schedule.alpha_bar  # in float64, so that both round alike
+    scheduler.register_to_config(beta_schedule="linear")  # it would not round those of a cosine
+    scheduler.set_timesteps(n)
+    times, ours = scheduler.timesteps.tolist(), [step.t for step in schedule.steps(n, skip_type)]
+    if len(set(times)) == n:
+        assert ours == times
+    else:
+        assert sum(t in times for t in ours) >= len(set(times)) / 2
+
+
+def test_where_rounded_times_meet_they_move_to_the_next() -> None:
+    times = [step.t for step in Schedule.from_name("cosine").steps(16, "karras")]
+    assert times[:6] == [999, 998, 997, 996, 995, 994]
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_half_the_log_snr_is_what_diffusers_calls_lambda(name: str) -> None:
+    schedule = Schedule.from_name(name)
+    for a in schedule.alpha_bar[[0, 500, 999]].tolist():
+        assert half_log_snr(a) == pytest.approx(math.log(a**0.5 / (1 - a) ** 0.5), abs=1e-9)
+    assert half_log_snr(1.0) == math.inf
 
 
 def test_the_posterior_variance_is_that_of_ho_et_al() -> None:
@@ -61,7 +108,8 @@ def test_time_travel_goes_back_up_and_ends_at_the_data() -> None:
         (0, "uniform", "skip_steps: got 0, expected 1 to 1000"),
         (1001, "uniform", "skip_steps: got 1001, expected 1 to 1000"),
         (801, "quad", "skip_steps: got 801, expected at most 800 for skip_type quad"),
-        (5, "log", "'log'"),
+        (1001, "karras", "skip_steps: got 1001, expected 1 to 1000"),
+        (5, "log", "skip_type: got 'log', expected one of uniform, uniform2, quad, trailing, karras, logsnr"),
     ],
 )
 def test_bad_steps_are_refused(n: int, skip_type: str, message: str) -> None:

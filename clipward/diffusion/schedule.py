@@ -6,14 +6,15 @@ Only ``alpha_bar`` is stored ("alphas_cumprod" elsewhere); everything else is de
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from clipward.errors import InputError
 
-SkipType = Literal["uniform", "uniform2", "quad"]
+SkipType = Literal["uniform", "uniform2", "quad", "trailing", "karras", "logsnr"]
 ScheduleName = Literal["linear", "scaled_linear", "cosine"]
 Betas = tuple[float, float]
 
@@ -24,6 +25,11 @@ Values = TypeVar("Values", float, Tensor)
 def posterior_variance(alpha_bar_t: Values, alpha_bar_s: Values) -> Values:
     """The variance of q(x_s | x_t, x_0) (Ho et al. 2020, eq. 7); 0 where s is data, ᾱ_s = 1."""
     return (1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)
+
+
+def half_log_snr(alpha_bar: float) -> float:
+    """λ = log(√ᾱ/√(1−ᾱ)), half the logarithm of the signal-to-noise ratio (Kingma et al. 2021); ∞ for data."""
+    return math.inf if alpha_bar == 1 else 0.5 * (math.log(alpha_bar) - math.log1p(-alpha_bar))
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,10 @@ class Schedule:
         """Exactly ``n`` steps from noise to data.
 
         ``uniform`` visits ⌊i·T/n⌋, ``uniform2`` spaces the steps from T−1 to 0 evenly, ``quad`` squares an even
-        spacing of [0, √(0.8·T)] and so spends most steps near the data, none above 0.8·T.
+        spacing of [0, √(0.8·T)] and so spends most steps near the data, none above 0.8·T. ``trailing`` counts down
+        from T−1 by T/n (Lin et al. 2024). Two go from T−1 to 0: ``karras`` in even steps of e^(−λ/7) (Karras et al.
+        2022, eq. 5), and ``logsnr`` in even steps of λ (Lu et al. 2022). Both round to the nearest t, or where that
+        is taken to the nearest that is free.
         """
         num = len(self)
         if not 1 <= n <= num:
@@ -121,13 +130,29 @@ class Schedule:
             if n > top**2:
                 raise InputError(f"skip_steps: got {n}, expected at most {int(top**2)} for skip_type quad")
             times = [max(i, int((top * i / max(n - 1, 1)) ** 2)) for i in range(n)] if n > 1 else [int(top**2)]
+        elif skip_type == "trailing":
+            times = [round(num - i * (num / n)) - 1 for i in reversed(range(n))]
+        elif skip_type in ("karras", "logsnr"):
+            times = self._times_by_noise(n, skip_type)
         else:
-            raise InputError(f"skip_type: got {skip_type!r}, expected uniform, uniform2 or quad")
+            raise InputError(f"skip_type: got {skip_type!r}, expected one of {', '.join(get_args(SkipType))}")
         times = times[::-1]
         steps = [self.step(t, s) for t, s in zip(times, [*times[1:], -1], strict=True)]
         if n > 1:
             steps[-1] = replace(steps[-1], variance_floor=steps[-2].posterior_variance)
         return steps
+
+    def _times_by_noise(self, n: int, skip_type: SkipType) -> list[int]:
+        """From 0 to T−1 at even distances of e^(−λ/7) or of λ, rounded to times that differ."""
+        noise = 0.5 * (torch.log1p(-self.alpha_bar) - self.alpha_bar.log()).numpy()  # −λ, which rises with t
+        first, last = noise[[0, -1]]
+        if skip_type == "karras":
+            levels = 7 * np.log(np.linspace(np.exp(last / 7), np.exp(first / 7), n))
+        else:
+            levels = np.linspace(last, first, n)
+        times = np.interp(levels[::-1], noise, np.arange(len(self))).round().astype(int)
+        place = np.arange(n)
+        return (np.maximum.accumulate(times - place).clip(max=len(self) - n) + place).tolist()
 
 
 def time_travel(steps: Sequence[Step], repeats: int) -> list[Step]:
