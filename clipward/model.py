@@ -10,6 +10,7 @@ import yaml
 from PIL import Image
 from torch import Tensor
 
+from clipward.allocator import keep_freed_memory
 from clipward.diffusion.schedule import Schedule
 from clipward.errors import InputError
 from clipward.files import CHECKPOINTS, CONFIGS, SHIPPED
@@ -168,6 +169,7 @@ def load(
     Raises:
         InputError: where the weights cannot be read, or a setting is out of its range.
     """
+    keep_freed_memory()
     shipped = _settings_of(str(weights).removeprefix(SHIPPED))
     name = f"{SHIPPED}{weights}" if shipped and not str(weights).startswith(SHIPPED) else str(weights)
     given = {

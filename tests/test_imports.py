@@ -15,7 +15,7 @@ LAYERS = [  # from the top; what stands in one line never imports its neighbours
     {"clipward.guidance", "clipward.evaluation", "clipward.weights"},
     {"clipward.networks"},
     {"clipward.diffusion", "clipward.files"},
-    {"clipward.errors"},
+    {"clipward.errors", "clipward.allocator"},
 ]
 DATAMODULES_MAY = {"clipward.datamodules", "clipward.errors", "clipward.files"}
 FILES = [

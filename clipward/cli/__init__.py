@@ -41,6 +41,8 @@ def run(args: list[str]) -> None:
 
         convert.run(["--help" if arg == "--help.all" else arg for arg in rest])
     else:
+        from clipward.allocator import keep_freed_memory
         from clipward.cli import lightning_cli
 
+        keep_freed_memory()
         lightning_cli.run(command, rest)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clipward.errors import InputError, shorten
+from clipward.networks.lean import Conv2d, norm_silu
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class UNet(nn.Module):
         def up(c: int) -> nn.Module:
             return res(c, c, nn.UpsamplingNearest2d(scale_factor=2)) if config.resblock_updown else Upsample(c)
 
-        self.conv_in = nn.Conv2d(image_channels * self.patch**2, channels[0], 3, padding=1)
+        self.conv_in = Conv2d(image_channels * self.patch**2, channels[0], 3, padding=1)
         c = channels[0]
         skips = [c]
         self.down = nn.ModuleList()
@@ -142,7 +143,7 @@ class UNet(nn.Module):
             self.up.append(stage)
 
         self.norm_out = nn.GroupNorm(config.norm_groups, c, config.norm_eps)
-        self.conv_out = nn.Conv2d(c, out_channels * self.patch**2, 3, padding=1)
+        self.conv_out = Conv2d(c, out_channels * self.patch**2, 3, padding=1)
         fill_with_zeros(self.conv_out)
 
     def blocks(self) -> list[nn.Module]:
@@ -170,7 +171,7 @@ class UNet(nn.Module):
                 h = attention(self._run(block, torch.cat([h, skips.pop()], dim=1), emb))
             if stage.resample is not None:
                 h = stage.resample(h, emb)
-        h = self.conv_out(F.silu(self.norm_out(h)))
+        h = self.conv_out(norm_silu(self.norm_out, h))
         return F.pixel_shuffle(h, self.patch)
 
     def _run(self, block: nn.Module, h: Tensor, emb: Tensor) -> Tensor:
@@ -214,22 +215,22 @@ class ResBlock(nn.Module):
         super().__init__()
         groups, eps = config.norm_groups, config.norm_eps
         self.resize, self.scale_shift_norm = resize or nn.Identity(), config.scale_shift_norm
-        self.norm1, self.conv1 = nn.GroupNorm(groups, c_in, eps), nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm1, self.conv1 = nn.GroupNorm(groups, c_in, eps), Conv2d(c_in, c_out, 3, padding=1)
         self.time = nn.Linear(time_dim, 2 * c_out if config.scale_shift_norm else c_out)
-        self.norm2, self.conv2 = nn.GroupNorm(groups, c_out, eps), nn.Conv2d(c_out, c_out, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(groups, c_out, eps), Conv2d(c_out, c_out, 3, padding=1)
         self.dropout = nn.Dropout(config.dropout)
-        self.shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+        self.shortcut = nn.Identity() if c_in == c_out else Conv2d(c_in, c_out, 1)
         fill_with_zeros(self.conv2)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv1(self.resize(F.silu(self.norm1(x))))
+        h = self.conv1(self.resize(norm_silu(self.norm1, x)))
         time = self.time(emb)[:, :, None, None]
         if self.scale_shift_norm:
             scale, shift = time.chunk(2, dim=1)
-            h = self.norm2(h) * (1 + scale) + shift
+            h = F.silu(self.norm2(h) * (1 + scale) + shift)
         else:
-            h = self.norm2(h + time)
-        h = self.conv2(self.dropout(F.silu(h)))
+            h = norm_silu(self.norm2, h + time)
+        h = self.conv2(self.dropout(h))
         return self.shortcut(self.resize(x)) + h
 
 
@@ -258,7 +259,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int, padding: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+        self.conv = Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
@@ -267,7 +268,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
