@@ -14,6 +14,7 @@ from clipward.diffusion.denoiser import NetworkDenoiser, VarType
 from clipward.diffusion.sampling import Noise, State, Update, ancestral, ddim
 from clipward.diffusion.sampling import sample as walk
 from clipward.diffusion.schedule import Schedule, SkipType, Step, time_travel
+from clipward.diffusion.solvers import SOLVERS, SolverName
 from clipward.errors import InputError
 from clipward.guidance.core import Clamp, Guidance, GuidanceError, GuidanceInterval, GuidedDenoiser, RefuseFlat
 from clipward.guidance.methods import AUTO, METHODS, Method, MethodName
@@ -36,6 +37,8 @@ class SamplingConfig:
         candidates: pictures to draw for each request. The one that the CLIPs find nearest to its text is kept.
         skip_steps: reverse steps to take.
         skip_type: how they are spread over the noise levels.
+        solver: take the steps of a solver that needs fewer, in place of DDPM's or DDIM's: ``dpmpp_2m``,
+            ``sde_dpmpp_2m`` or ``unipc``.
         ddim: take DDIM's steps in place of DDPM's.
         ddim_eta: DDIM's noise, from 0 (none) to 1 (as DDPM).
         var_type: DDPM's variance, which also scales the mean's shift; by default what the weights were made for.
@@ -51,6 +54,7 @@ class SamplingConfig:
     candidates: int = 1
     skip_steps: int = 50
     skip_type: SkipType = "uniform"
+    solver: SolverName | None = None
     ddim: bool = False
     ddim_eta: float = 0.0
     var_type: VarType | None = None
@@ -66,6 +70,10 @@ class SamplingConfig:
             raise InputError(f"sampling.interval: got {self.interval}, expected two rising numbers from 0 to 1")
         if not 0 <= self.ddim_eta <= 1:
             raise InputError(f"ddim_eta: got {self.ddim_eta}, expected 0 to 1")
+        if self.solver is not None and self.solver not in SOLVERS:
+            raise InputError(f"solver: got {self.solver!r}, expected one of {', '.join(SOLVERS)}")
+        if self.solver is not None and self.ddim:
+            raise InputError(f"solver: got {self.solver} and ddim, expected one of the two")
         if self.method != AUTO and self.method not in METHODS:
             raise InputError(f"method: got {self.method!r}, expected auto or one of {', '.join(METHODS)}")
 
@@ -118,8 +126,10 @@ class Sampler:
     def steps(self) -> list[Step]:
         return time_travel(self.schedule.steps(self.config.skip_steps, self.config.skip_type), self.repeats)
 
-    @property
-    def update(self) -> Update:
+    def make_update(self) -> Update:
+        """What takes the steps of one walk, and may remember them."""
+        if self.config.solver is not None:
+            return SOLVERS[self.config.solver]()
         return ddim(self.config.ddim_eta) if self.config.ddim else ancestral
 
     @property
@@ -250,7 +260,7 @@ class Sampler:
         try:
             with self.averaged():
                 denoise = self._guided_denoiser(texts, weights, noise)
-                states = walk(denoise, self.steps, self.update, noise)
+                states = walk(denoise, self.steps, self.make_update(), noise)
                 for state in tqdm(states, total=len(self.steps), desc="steps", leave=False, disable=not progress):
                     image = state.x
                     if watch is not None:
@@ -315,7 +325,7 @@ class Sampler:
             "candidates": config.candidates,
             "interval": list(self.interval),
             "skip_type": config.skip_type,
-            "sampler": f"ddim(eta={config.ddim_eta:g})" if config.ddim else "ddpm",
+            "sampler": config.solver or (f"ddim(eta={config.ddim_eta:g})" if config.ddim else "ddpm"),
             "var_type": self.var_type,
             "clip_denoised": self.clip_denoised,
         }

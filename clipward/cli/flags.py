@@ -40,7 +40,12 @@ MODEL_FLAGS = {
     ),
     "candidates": Flag("draw each picture this often and keep the best match", "N", sets="sampling.candidates"),
     "skip_steps": Flag("steps from noise to picture", "N", sets="sampling.skip_steps"),
-    "skip_type": Flag("how the steps are spread: uniform, uniform2 or quad", "NAME", sets="sampling.skip_type"),
+    "skip_type": Flag(
+        "how the steps are spread: uniform, uniform2, quad, trailing, karras or logsnr",
+        "NAME",
+        sets="sampling.skip_type",
+    ),
+    "solver": Flag("who takes the steps, for fewer: dpmpp_2m, sde_dpmpp_2m or unipc", "NAME", sets="sampling.solver"),
     "ddim": Flag("take DDIM's steps, not DDPM's", sets="sampling.ddim"),
     "ddim_eta": Flag("DDIM's noise, from 0 to 1", "X", sets="sampling.ddim_eta"),
     "var_type": Flag("DDPM's variance: fixed_small, fixed_large or learned_range", "NAME", sets="sampling.var_type"),

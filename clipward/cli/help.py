@@ -113,7 +113,7 @@ COMMANDS = {
             },
             "The model": {
                 CONFIG: "faces (the default), celebahq, or a YAML file",
-                **own("weights", "skip_steps", "ddim"),
+                **own("weights", "skip_steps", "solver", "ddim"),
                 **DEVICES,
             },
             "Where to write": own("save_dir", "overwrite", "micro_batch"),
@@ -135,7 +135,7 @@ COMMANDS = {
             },
             "The model": {
                 CONFIG: "faces (the default), celebahq, or a YAML file",
-                **own("weights", "skip_steps", "ddim"),
+                **own("weights", "skip_steps", "solver", "ddim"),
                 "--trainer.devices N": "processes; add -c ddp or -c fsdp for more than one",
             },
             "Where to write": own("save_dir", "output", "overwrite", "micro_batch"),

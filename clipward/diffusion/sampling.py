@@ -14,7 +14,8 @@ from clipward.diffusion.schedule import Step
 from clipward.errors import InputError
 
 Draw = Callable[[], Tensor]
-Update = Callable[[Tensor, Prediction, Step, Draw], Tensor]
+Update = Callable[[Tensor, Prediction, Step, Draw], Tensor]  # may remember the steps of one walk
+MakeUpdate = Callable[[], Update]
 
 
 class State(NamedTuple):
@@ -52,7 +53,14 @@ class Noise:
 
 
 def sample(denoise: Denoiser, steps: Sequence[Step], update: Update, noise: Noise) -> Iterator[State]:
-    """Walk ``steps`` from pure noise, yielding after each. The last ``x`` is the picture, in about [-1, 1]."""
+    """Walk ``steps`` from pure noise, yielding after each. The last ``x`` is the picture, in about [-1, 1].
+
+    Args:
+        denoise: what predicts x0 and eps in x_t.
+        steps: from noise to data.
+        update: what takes a step; one that remembers serves this walk alone.
+        noise: what is drawn.
+    """
     x = noise(0)
     for k, step in enumerate(steps, start=1):
         step = replace(step, number=k)
@@ -68,7 +76,7 @@ def sample(denoise: Denoiser, steps: Sequence[Step], update: Update, noise: Nois
 
 def ancestral(x: Tensor, pred: Prediction, step: Step, draw: Draw) -> Tensor:
     """DDPM (Ho et al. 2020, Alg. 2), with the model's own variance; the last step adds no noise."""
-    mean = _towards(pred, step, step.posterior_variance)
+    mean = towards(pred, step, step.posterior_variance)
     return mean if step.s == -1 else mean + pred.variance.sqrt() * draw()
 
 
@@ -79,13 +87,13 @@ def ddim(eta: float) -> Update:
 
     def update(x: Tensor, pred: Prediction, step: Step, draw: Draw) -> Tensor:
         variance = eta**2 * step.posterior_variance
-        mean = _towards(pred, step, variance)
+        mean = towards(pred, step, variance)
         return mean if variance == 0 else mean + variance**0.5 * draw()
 
     return update
 
 
-def _towards(pred: Prediction, step: Step, variance: float) -> Tensor:
+def towards(pred: Prediction, step: Step, variance: float) -> Tensor:
     """√ᾱ_s·x0 + √(1−ᾱ_s−σ²)·eps: the mean of x_s where noise of ``variance`` σ² is to be added."""
     direction = max(0.0, 1 - step.alpha_bar_s - variance) ** 0.5
     return step.alpha_bar_s**0.5 * pred.x0 + direction * pred.eps
