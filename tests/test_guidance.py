@@ -51,7 +51,7 @@ def log_likelihood(image: Tensor, step: Step) -> Tensor:
 
 
 def noisy_log_likelihood(image: Tensor, step: Step) -> Tensor:
-    """The same as a function of x_t, as a critic trained on noisy images knows it."""
+    """The same as a function of x_t, as a model trained on noisy images knows it."""
     return log_likelihood(ideal(image, step).x0, step)
 
 

@@ -103,8 +103,8 @@ def test_the_log_likelihood_compares_with_contrast_captions_group_by_group(
     clip, step = module.models.noisy_clip, module.sampler.steps[0]
     features = clip.encode_image(image, step.alpha_bar_t)
 
-    def log_p(i: int, *rivals: str) -> torch.Tensor:
-        logits = clip.model.logit_scale.exp() * clip.encode_text([text[i], *rivals]) @ features[i]
+    def log_p(i: int, *captions: str) -> torch.Tensor:
+        logits = clip.model.logit_scale.exp() * clip.encode_text([text[i], *captions]) @ features[i]
         return logits.log_softmax(0)[0]
 
     old_man = [log_p(i, "a young man") + log_p(i, "an old woman") + log_p(i, "a face") for i in (0, 2)]
@@ -116,7 +116,7 @@ def test_the_log_likelihood_compares_with_contrast_captions_group_by_group(
 
     without = answers(tiny_module(**clips, contrasts=GROUPS), text, image)
     logit = clip.model.logit_scale.exp() * (features * clip.encode_text(text)).sum(dim=1)
-    torch.testing.assert_close(without[3], logit[3])  # nothing is known that it could be told from
+    torch.testing.assert_close(without[3], logit[3])  # it has no contrast captions
     torch.testing.assert_close(answers(module, text, image, "glide"), logit)  # as its authors have it
 
 
