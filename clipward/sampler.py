@@ -258,7 +258,7 @@ class Sampler:
         self.network.eval()
         torch.set_default_dtype(torch.float32)  # Lightning sets another for half precision
         try:
-            with self.averaged():
+            with self.averaged(), self._frozen():
                 denoise = self._guided_denoiser(texts, weights, noise)
                 states = walk(denoise, self.steps, self.make_update(), noise)
                 for state in tqdm(states, total=len(self.steps), desc="steps", leave=False, disable=not progress):
@@ -292,6 +292,18 @@ class Sampler:
         halved = torch.is_autocast_enabled(self.device.type) or self.network.conv_in.weight.dtype != torch.float32
         halved = halved and self._any_process is None  # a sharded network would have to be computed again everywhere
         return GuidedDenoiser(denoise, guidances, self._in_float32 if halved else None)
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """Within, no gradient is kept for weights, so that :mod:`clipward.networks.lean` saves memory."""
+        training = [p for p in self.network.parameters() if p.requires_grad and self._any_process is None]
+        for p in training:
+            p.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for p in training:
+                p.requires_grad_(True)
 
     @contextmanager
     def _in_float32(self) -> Iterator[None]:
