@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 
 
 class Conv2d(nn.Conv2d):
@@ -44,7 +45,7 @@ class _FrozenConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        found = torch.nn.grad.conv2d_input(ctx.shape, weight.to(grad.dtype), grad, ctx.stride, ctx.padding)
+        found = conv2d_input(ctx.shape, weight.to(grad.dtype), grad, ctx.stride, ctx.padding)
         return found.to(ctx.dtype), None, None, None, None
 
 
