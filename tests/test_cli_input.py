@@ -258,7 +258,10 @@ def test_other_modules_keep_their_names() -> None:
         ("predict --guidance_weight 1 x", "guidance_weight: got 'x', expected a number"),
         ("predict --unguided maybe", "unguided: got 'maybe', expected true or false"),
         ("predict --micro_batch lots", "micro_batch: got 'lots', expected a whole number or auto"),
-        ("predict --skip_type log", "skip_type: got 'log', expected one of uniform, uniform2, quad, trailing, karras, logsnr"),
+        (
+            "predict --skip_type log",
+            "skip_type: got 'log', expected one of uniform, uniform2, quad, trailing, karras, logsnr",
+        ),
         ("predict --seed_everything -1", "seed_everything: -1 is not in bounds, numpy accepts from 0 to 4294967295"),
         ("predict --output zip", "output: got 'zip', expected one of files, webdataset, parquet"),
         ("predict --model.network.image_size x", "model.network.image_size: got 'x', expected a whole number"),

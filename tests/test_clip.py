@@ -106,7 +106,9 @@ def test_a_file_of_weights_loads_under_its_architecture(tiny_clip: Path, tmp_pat
     assert clip.hash == expected.hash
     assert torch.equal(clip.encode_text(text), expected.encode_text(text))
     assert clip.preprocess["size"] in (16, (16, 16))
-    with pytest.raises(InputError, match=r"does not say its architecture; use ARCHITECTURE/FILE, such as ViT-B-32-quickgelu/"):
+    with pytest.raises(
+        InputError, match=r"does not say its architecture; use ARCHITECTURE/FILE, such as ViT-B-32-quickgelu/"
+    ):
         Clip.load(str(tmp_path / "weights.pt"))
     torch.save({"state_dict": {"a": torch.zeros(1)}}, tmp_path / "weights.pt")
     with pytest.raises(InputError, match="can't be loaded"):
