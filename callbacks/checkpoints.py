@@ -1,25 +1,49 @@
-"""Checkpoints on disk: they are written atomically, and a damaged one is never loaded."""
+"""Checkpoints on disk: they are written atomically, and a damaged or foreign one is never loaded."""
 
 import os
 import zipfile
+import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
 
-from clipward.errors import InputError
-from clipward.files import atomic_write
+from clipward.errors import InputError, first_line, list_names, shorten
+from clipward.files import atomic_write, check_archive, remove_leftovers
+
+NEEDED = ("state_dict", "epoch", "global_step", "pytorch-lightning_version")
+NAMES = r".+\.ckpt"
+TO_TRAIN = ("optimizer_states", "lr_schedulers", "loops")
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint under another name and renames it when all of it is on the disk."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str, storage_options: Any = None) -> None:
-        with atomic_write(Path(path)) as aside, aside.open("wb") as file:
-            torch.save(checkpoint, file)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(Path(path).parent, NAMES)
+        with atomic_write(Path(path), clear=False) as aside, aside.open("wb") as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:  # torch's own, in place of what the disk said
+                raise _of_the_disk(error) or error from None
             file.flush()
             os.fsync(file.fileno())
+
+
+def _of_the_disk(error: BaseException | None) -> OSError | None:
+    """The disk's error that another one came of."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def remove_unfinished(root: Path) -> None:
+    """Remove the hidden temporary files of checkpoints below ``root`` whose writers were killed."""
+    for folder in sorted({path.parent for path in root.rglob(".*.ckpt.*")}):
+        remove_leftovers(folder, NAMES)
 
 
 def last_checkpoint(root: Path) -> Path | None:
@@ -37,12 +61,13 @@ def last_checkpoint(root: Path) -> Path | None:
 def check(path: Path, root: Path) -> None:
     """Raise :class:`InputError` if a checkpoint is damaged, and name the newest sound one before it.
 
-    A sharded checkpoint is a folder, which is checked when it is loaded.
-
     Args:
         path: the checkpoint.
         root: the folder to search for a sound one.
     """
+    if not path.is_file():
+        kind = "a folder" if path.is_dir() else "no file"
+        raise InputError(f"ckpt_path: got {shorten(path)}, which is {kind}; expected a file that fit saved")
     damage = _find_damage(path)
     if damage is None:
         return
@@ -52,9 +77,38 @@ def check(path: Path, root: Path) -> None:
     raise InputError(f"ckpt_path: {path} is damaged ({damage}); {advice}")
 
 
+def check_content(path: Path, needed: Iterable[str] = NEEDED) -> None:
+    """Check that a file, which is sound, is a checkpoint: its tensors are not read, and no code in it is run.
+
+    Args:
+        path: the file.
+        needed: the keys that it must have.
+
+    Raises:
+        InputError: where it is something else.
+    """
+    check_archive(path, "ckpt_path")
+    refusal = f"ckpt_path: {path} is no checkpoint of fit"
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # unpickling a stranger's file raises anything
+        if isinstance(error, MemoryError):
+            raise
+        raise InputError(f"{refusal} ({first_line(error)})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{refusal}, but {shorten(type(content).__name__)}; use --weights for weights alone")
+    missing = [name for name in needed if name not in content]
+    if missing:
+        raise InputError(f"{refusal}: it has no {list_names(missing)}; use --weights for weights alone")
+    for name in ("state_dict", "current_model_state", "loops"):
+        if not isinstance(content.get(name, {}), dict):
+            raise InputError(f"{refusal}: {name} is {shorten(content[name])}, expected a mapping")
+
+
 def _sort_by_age(root: Path) -> list[Path]:
     """The checkpoints below ``root``, newest first; of two of one age, ``last.ckpt``, which is a copy, comes first."""
-    return sorted(root.rglob("*.ckpt"), key=lambda path: (_age(path), path.name == "last.ckpt"), reverse=True)
+    found = (path for path in root.rglob("*.ckpt") if path.is_file())
+    return sorted(found, key=lambda path: (_age(path), path.name == "last.ckpt"), reverse=True)
 
 
 def _age(path: Path) -> float:
@@ -64,11 +118,12 @@ def _age(path: Path) -> float:
 
 def _find_damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, if anything."""
-    if path.is_dir():
-        return None
     try:
+        check_archive(path, "")
         with zipfile.ZipFile(path) as file:
             bad = file.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
-        return str(error)
+    except InputError as error:
+        return str(error).partition(shorten(path))[2].strip()
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError, NotImplementedError, zlib.error) as error:
+        return first_line(error)
     return None if bad is None else f"{bad} has another checksum"

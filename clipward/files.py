@@ -1,12 +1,17 @@
 """Files: written atomically, read without running code, known by a hash."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
+import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -27,30 +32,165 @@ def locate(name: str | Path) -> Path:
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """A path beside ``path`` to write to; it takes its place at the end, and is gone if something went wrong."""
+def atomic_write(path: Path, clear: bool = True) -> Iterator[Path]:
+    """A path beside ``path`` to write to; it takes its place at the end, and is gone if something went wrong.
+
+    Args:
+        path: the file.
+        clear: first remove what a killed process left beside it, which lists the folder.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if clear:
+        remove_leftovers(path.parent, re.escape(path.name))
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.touch()
-    mode = aside.stat().st_mode  # safetensors would make a file that only its owner reads
-    try:
-        yield aside
-        aside.chmod(mode)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with aside.open("wb") as mark:
+        _lock(mark.fileno())  # tells others that the file is in use
+        mode = os.fstat(mark.fileno()).st_mode  # safetensors would make a file that only its owner reads
+        try:
+            yield aside
+            aside.chmod(stat.S_IMODE(mode))
+            aside.replace(path)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """A new folder beside ``path`` to write to; it takes its place at the end, as in :func:`atomic_write`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent, re.escape(path.name))
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.mkdir(parents=True)
+    aside.mkdir()
+    mark = os.open(aside, os.O_RDONLY)
     try:
+        _lock(mark)
         yield aside
         aside.replace(path)
-    finally:
+    except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
+        raise
+    finally:
+        os.close(mark)
+
+
+def remove_leftovers(folder: Path, names: str) -> None:
+    """Remove the hidden temporary files, and folders, of writers that were killed.
+
+    Args:
+        folder: where they are.
+        names: a pattern of the names that were to be written.
+    """
+    pattern = re.compile(rf"\.(?:{names})\.[0-9]+")
+    with os.scandir(folder) as entries:
+        left = [entry for entry in entries if pattern.fullmatch(entry.name)]
+    for entry in left:
+        is_folder = entry.is_dir(follow_symlinks=False)
+        if not (is_folder or entry.is_file(follow_symlinks=False)) or _in_use(entry.path):
+            continue
+        if is_folder:
+            shutil.rmtree(entry.path, ignore_errors=True)
+        else:
+            Path(entry.path).unlink(missing_ok=True)
+
+
+def _in_use(path: str) -> bool:
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return True
+    try:
+        return not _lock(handle)
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    """Lock an open file against other processes, until it is closed; false where another one has locked it.
+
+    A file system without locks lets all have theirs.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+    return True
+
+
+class FolderLock:
+    """Lets one process at a time write to a folder. The lock of a process that ended, however it did, is free.
+
+    Args:
+        path: a file in the folder, which is there while the lock is held.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._handle: int | None = None
+
+    def acquire(self) -> bool:
+        """Take the lock, and make the folder; false where another process has it. A second call changes nothing."""
+        while self._handle is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            if not _lock(handle):
+                os.close(handle)
+                return False
+            with suppress(FileNotFoundError):  # its holder may have removed it while this process waited for it
+                if os.path.samestat(os.fstat(handle), self.path.stat()):
+                    self._handle = handle
+                    break
+            os.close(handle)
+        return True
+
+    def release(self) -> None:
+        """Give the lock back, where this process has it."""
+        if self._handle is not None:
+            self.path.unlink(missing_ok=True)
+            os.close(self._handle)
+            self._handle = None
+
+
+def check_writable(path: Path, field: str, folder: bool = False) -> None:
+    """Check that a file, or files in a folder, can be written, without leaving any trace.
+
+    Args:
+        path: of the file or folder, whose own folders may be still to be made.
+        field: the setting that holds it, for errors.
+        folder: whether it is a folder.
+
+    Raises:
+        InputError: where it can't be.
+    """
+    refusal = f"{field}: got {shorten(path)}, expected a {'folder' if folder else 'file'} that can be written"
+    try:
+        path = path.absolute()
+        there = _nearest(path)
+        if there.is_symlink() and not there.exists():
+            raise InputError(f"{refusal}; {shorten(there)} is a link to nothing")
+        if there == path and there.is_dir() != folder:
+            raise InputError(f"{refusal}; it is a {'file' if folder else 'folder'}")
+        there = path.parent if there == path and not folder else there
+        if not there.is_dir():
+            raise InputError(f"{refusal}; {shorten(there)} is a file")
+        with tempfile.TemporaryFile(dir=there):
+            longest = os.pathconf(there, "PC_NAME_MAX") - (0 if folder else 20)  # a temporary file has a longer name
+        if any(len(os.fsencode(part)) > longest for part in path.parts):
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        raise InputError(f"{refusal} ({getattr(error, 'strerror', None) or error})") from error
+
+
+def _nearest(path: Path) -> Path:
+    """The path itself, or the nearest of its folders that is there, be it a link to nothing."""
+    while True:
+        try:
+            path.lstat()
+            return path
+        except (FileNotFoundError, NotADirectoryError):
+            path = path.parent
 
 
 def to_storable(state: dict[str, Tensor], half: bool = False) -> dict[str, Tensor]:

@@ -1,10 +1,11 @@
 import os
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from clipward.callbacks.checkpoints import AtomicCheckpointIO, check, last_checkpoint
+from clipward.callbacks.checkpoints import NEEDED, AtomicCheckpointIO, check, check_content, last_checkpoint
 from clipward.errors import InputError
 
 
@@ -55,3 +56,59 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_named(tmp_path: P
     oldest.write_bytes(b"")
     with pytest.raises(InputError, match="there is none before it"):
         check(oldest, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_only_a_file_is_a_checkpoint(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "x.ckpt"
+    path.mkdir() if kind == "folder" else os.mkfifo(path)
+    with pytest.raises(InputError, match=r"ckpt_path: got .*, which is .*; expected a file that fit saved"):
+        check(path, tmp_path)
+    assert last_checkpoint(tmp_path) is None
+
+
+class Unpickled:
+    def __reduce__(self) -> tuple:
+        return os.mkdir, ("unpickled",)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"weights": torch.zeros(2)}, "it has no state_dict, epoch"),
+        (torch.zeros(2), "but 'Tensor'"),
+        ([1, 2], "but 'list'"),
+        (dict.fromkeys(NEEDED, 1), "state_dict is 1, expected a mapping"),
+        (Unpickled(), "Weights only load failed"),
+    ],
+)
+def test_a_foreign_file_is_no_checkpoint(
+    tmp_path: Path, content: object, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(content, tmp_path / "x.ckpt")
+    with pytest.raises(InputError, match=f"ckpt_path: .* is no checkpoint of fit.*{message}") as refused:
+        check_content(tmp_path / "x.ckpt")
+    assert "\n" not in str(refused.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.ckpt"]
+
+
+def test_a_checkpoint_that_would_unpack_to_much_more_is_not_opened(tmp_path: Path) -> None:
+    path = tmp_path / "x.ckpt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x/data.pkl", bytes(2**24))
+    with pytest.raises(InputError, match=r"ckpt_path: .* is damaged .*would unpack to 16 MiB"):
+        check(path, tmp_path)
+
+
+def test_a_full_disk_is_the_disks_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        try:
+            raise OSError(28, "No space left on device")
+        finally:
+            raise RuntimeError("[enforce fail at inline_container.cc]")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        AtomicCheckpointIO().save_checkpoint({}, str(tmp_path / "x.ckpt"))
+    assert not list(tmp_path.iterdir())
