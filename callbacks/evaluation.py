@@ -1,6 +1,9 @@
 """The callback of ``test``: it judges the pictures and writes the report."""
 
+import json
+import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -8,6 +11,7 @@ import lightning as L
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from clipward.callbacks.gallery import MARK, read_mark, to_line
 from clipward.errors import InputError
 from clipward.evaluation.cost import CostMeter
 from clipward.evaluation.judgements import Judgement, save_judgements
@@ -15,6 +19,7 @@ from clipward.evaluation.judges import Judges
 from clipward.evaluation.reference import Reference
 from clipward.evaluation.report import Report, format_table, format_texts, plot_scores, save_report
 from clipward.evaluation.scores import summarise
+from clipward.files import atomic_write
 from clipward.sampler import HasSampler
 
 
@@ -48,8 +53,18 @@ class Evaluation(L.Callback):
         self, judges: Judges, save_dir: str, overwrite: bool = False, data: HasValidationPictures | None = None
     ) -> None:
         self.judges, self.path, self.data = judges, Path(save_dir) / "report.json", data
+        self.pictures_path, self.curve_path = self.path.with_name("pictures.parquet"), self.path.with_name("curve.png")
         if self.path.exists() and not overwrite:
             raise InputError(f"save_dir: {self.path} exists; use another folder or --overwrite true")
+        for path, is_ours in (
+            (self.path, is_report),
+            (self.pictures_path, is_judgements),
+            (self.curve_path, lambda path: bool(read_mark(path))),
+        ):
+            if os.path.lexists(path) and not is_ours(path):
+                raise InputError(
+                    f"save_dir: {path} is there and was not written by test; move it or use another folder"
+                )
         self.judgements: list[Judgement] = []
 
     def on_test_start(self, trainer: L.Trainer, pl_module: HasSampler) -> None:
@@ -84,11 +99,12 @@ class Evaluation(L.Callback):
             reference = Reference.from_batches(self.data.val_dataloader(), self.judges, pl_module.sampler.device)
         table = summarise(judgements, reference)
         texts = {text: summarise([each for each in judgements if each.text == text]) for text in self.judges.texts}
-        save_judgements(self.path.with_name("pictures.parquet"), judgements)
+        save_judgements(self.pictures_path, judgements)
         save_report(self.path, Report(self.provenance, table, texts))
         if table[-1].fid is not None:
             plot = plot_scores({self.provenance["method"]: table})
-            plot.savefig(self.path.with_name("curve.png"), dpi=150)
+            with atomic_write(self.curve_path) as aside:
+                plot.savefig(aside, dpi=150, format="png", metadata={MARK: to_line({"report": self.path.name})})
             with SummaryWriter(str(self.path.parent)) as writer:
                 writer.add_figure("prompt accuracy against FID", plot)
         print(f"{format_table(table)}\n\n{format_texts(texts)}\n\nwritten to {self.path}")
@@ -100,3 +116,20 @@ class Evaluation(L.Callback):
         parts: list[list[Judgement]] = [[] for _ in range(world_size)]
         torch.distributed.all_gather_object(parts, self.judgements)
         return sorted((each for part in parts for each in part), key=lambda each: each.index)
+
+
+def is_report(path: Path) -> bool:
+    """Whether a file is a report of ``test``."""
+    with suppress(OSError, ValueError, RecursionError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return isinstance(content, dict) and {"provenance", "table", "texts"} <= content.keys()
+    return False
+
+
+def is_judgements(path: Path) -> bool:
+    """Whether a file is of what the judges of ``test`` said."""
+    from pyarrow import ArrowException, parquet
+
+    with suppress(OSError, ValueError, ArrowException):
+        return {"index", "verdicts", "features", "cost"} <= set(parquet.read_schema(path).names)
+    return False

@@ -2,28 +2,45 @@
 
 import io
 import json
+import os
+import re
 import tarfile
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Set
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from clipward.files import atomic_write
+from clipward.errors import InputError
+from clipward.files import atomic_write, remove_leftovers
 
 Output = Literal["files", "webdataset", "parquet"]
 SUFFIX = {"webdataset": "tar", "parquet": "parquet"}
 METADATA = "metadata.jsonl"
+CONFIG_FILE = "config.predict.yaml"
+GRID = "grid.png"
+LOCK = ".clipward.lock"
 PICTURES_PER_FOLDER = 10_000  # the first lie in the folder itself, the others in numbered ones within it
 STAGING = ".staged"
+MARK = "clipward"  # the text field of our PNGs
+
+PNG_NAME = r"[0-9]{6,}\.png"
+SHARD_NAME = r"[0-9]{9,}\.(?:tar|parquet)"
+LINES_NAME = r"\.metadata\.[0-9]+\.jsonl"
+TEMPORARY = "|".join([PNG_NAME, SHARD_NAME, *map(re.escape, (METADATA, CONFIG_FILE, GRID))])
+HIDDEN = re.compile(rf"\.(?:{TEMPORARY})\.[0-9]+|{LINES_NAME}|{re.escape(LOCK)}")
 
 
 class Gallery:
     """Writes pictures to a folder, and knows which are there.
 
-    A picture counts as written when its line of metadata is. Each process writes the lines to a file of its own until
-    :meth:`merge`. A shard is packed from PNGs that are on the disk already, so that a run which is stopped loses none.
+    A picture counts as written when its line of metadata and a whole file of it are there. Each process writes the
+    lines to a file of its own until :meth:`merge`, and a line before the file that it names: so all files of ours are
+    named, and no other file is ever removed or replaced. A shard is packed from PNGs that are on the disk already, so
+    that a run which is stopped loses none.
 
     Args:
         path: the folder.
@@ -34,16 +51,16 @@ class Gallery:
     def __init__(self, path: Path, output: Output = "files", rank: int = 0) -> None:
         self.path, self.output, self.rank = path, output, rank
         self.staged: list[dict[str, Any]] = []  # the rows of this process that are not packed yet
+        self._whole: dict[str, tuple[int, int]] = {}  # size and time of the files that were found whole
+        self._opened: dict[str, tuple[int, int]] = {}  # and of those whose pictures were opened
+        self._damaged: set[str] = set()
+        self._table: tuple[Path, Any] | None = None  # the parquet shard that was read last
 
     def add(self, row: dict[str, Any], picture: Image.Image) -> None:
-        """Write a picture, and then its line of metadata: ``row``, which has the picture's ``index``."""
-        index = row["index"]
-        folder = STAGING
-        if self.output == "files":
-            folder = "" if index < PICTURES_PER_FOLDER else f"{index // PICTURES_PER_FOLDER:05d}"
-        row = {"file_name": str(Path(folder) / f"{index:06d}.png"), **row}
-        save_png(self.path / row["file_name"], picture, to_line(row))
+        """Write the line of metadata, which is ``row`` with the picture's ``index``, and then the picture."""
+        row = {"file_name": picture_name(row["index"], self.output == "files"), **row}
         self._append([row])
+        save_png(self.path / row["file_name"], picture, to_line(row), clear=False)
         if self.output != "files":
             self.staged.append(row)
 
@@ -51,10 +68,9 @@ class Gallery:
         """Move pictures from their PNGs into a shard, which has the number of the first of them."""
         shard = f"{rows[0]['index']:09d}.{SUFFIX[self.output]}"
         packed = [row | {"file_name": f"{row['index']:09d}.png", "shard": shard} for row in rows]
-        # The lines come first: they do not count until the shard is there.
         self._append(packed)
         pictures = [(self.path / row["file_name"]).read_bytes() for row in rows]
-        with atomic_write(self.path / shard) as aside:
+        with atomic_write(self.path / shard, clear=False) as aside:
             write = _write_tar if self.output == "webdataset" else _write_parquet
             write(aside, packed, pictures)
         for row in rows:
@@ -66,12 +82,15 @@ class Gallery:
             self.pack(self.staged[:count])
             del self.staged[:count]
 
+    def take_staged(self, count: int) -> None:
+        """Pack full shards of what any process left; the rest is this process's. No other may write meanwhile."""
+        if self.output != "files":
+            self.staged = [row for row in self.rows() if "shard" not in row]
+            self.pack_staged(count)
+
     def pack_left(self, count: int) -> None:
-        """Pack the pictures that any process left, ``count`` a shard. No other process may write meanwhile."""
-        if self.output == "files":
-            return
-        self.staged = [row for row in self.rows() if "shard" not in row]
-        self.pack_staged(count)
+        """Pack all that any process left, at most ``count`` a shard. No other process may write meanwhile."""
+        self.take_staged(count)
         if self.staged:
             self.pack_staged(len(self.staged))
 
@@ -95,55 +114,170 @@ class Gallery:
     def _places(self) -> dict[int, tuple[Path, int]]:
         """For each picture that is there, the file and the byte at which its line begins."""
         places: dict[int, tuple[Path, int]] = {}
-        shards = {path.name for suffix in SUFFIX.values() for path in self.path.glob(f"*.{suffix}")}
-        for path in [self.path / METADATA, *sorted(self.path.glob(".metadata.*.jsonl"))]:
-            if not path.is_file():
-                continue
+        shards: dict[str, bool] = {}  # each of which is looked at once
+        for path, place, row in self._lines():
+            name = str(file_of(row))
+            if "shard" in row and name not in shards:
+                shards[name] = self._is_there(name)
+            if shards[name] if "shard" in row else self._is_there(name):
+                places[row["index"]] = path, place
+        return places
+
+    def _is_there(self, name: str) -> bool:
+        """Whether a file is there and whole; it is read only where it has changed."""
+        state = _state(self.path / name)
+        if state is None or name in self._damaged:
+            return False
+        if self._whole.get(name) != state:
+            if not is_whole(self.path / name):
+                return False
+            self._whole[name] = state
+        return True
+
+    def _lines(self) -> Iterator[tuple[Path, int, dict[str, Any]]]:
+        """Yield each line that this class wrote, of pictures that are there or not: its file, its place and its row."""
+        for path in self._metadata():
             place = 0
             with path.open("rb") as file:
                 for text in file:
-                    try:
+                    row = None
+                    with suppress(ValueError, RecursionError):  # such as a line that a killed run did not finish
                         row = json.loads(text)
-                    except ValueError:  # a run was killed while it wrote this line
-                        row = None
-                    if row and (row["shard"] in shards if "shard" in row else (self.path / row["file_name"]).is_file()):
-                        places[row["index"]] = path, place
+                    if row is not None and file_of(row) is not None:
+                        yield path, place, row
                     place += len(text)
-        return places
+
+    def _metadata(self) -> list[Path]:
+        hidden = sorted(path for path in self.path.glob(".metadata.*.jsonl") if re.fullmatch(LINES_NAME, path.name))
+        return [path for path in (self.path / METADATA, *hidden) if path.is_file() and not path.is_symlink()]
+
+    def names(self) -> set[str]:
+        """The files of pictures that lines of metadata name, whether they are there or not."""
+        return {name for _, _, row in self._lines() if (name := file_of(row)) is not None}
+
+    def find_stranger(self, done: Set[int], count: int | None) -> str | None:
+        """Find a file that has a name which will be written, and that is not of this class.
+
+        Args:
+            done: the indices of pictures that will not be written.
+            count: all pictures; None where that is not known.
+        """
+        ours = self.names()
+        for name, index in self._taken():
+            expected = index not in done and (count is None or index < count)
+            if expected and name not in ours and read_mark(self.path / name).get("file_name") != name:
+                return name
+        if os.path.lexists(self.path / GRID) and not read_mark(self.path / GRID):
+            return GRID
+        metadata = self.path / METADATA
+        if os.path.lexists(metadata):
+            if not metadata.is_file() or metadata.is_symlink():
+                return METADATA
+            if metadata.stat().st_size and all(path != metadata for path, _, _ in self._lines()):
+                return METADATA
+        return None
+
+    def _taken(self) -> Iterator[tuple[str, int]]:
+        """Yield the names that are there and that pictures of this output may have, with the index of the first."""
+        pattern = re.compile(r"([0-9]{6,})\.png" if self.output == "files" else r"([0-9]{9,})\.(?:tar|parquet)")
+        folders = [self.path]
+        if self.output == "files":
+            folders += [path for path in self.path.glob("[0-9]*") if path.name.isdigit() and path.is_dir()]
+        for folder in folders:
+            for path in folder.iterdir():
+                name = str(path.relative_to(self.path))
+                found = pattern.fullmatch(path.name)
+                if found is None:
+                    continue
+                index = int(found[1])
+                if self.output == "files":
+                    if name == picture_name(index):
+                        yield name, index
+                elif path.suffix == f".{SUFFIX[self.output]}" and path.name == f"{index:09d}{path.suffix}":
+                    yield name, index
 
     def open(self, row: dict[str, Any]) -> Image.Image:
-        """Open the picture of one of :meth:`rows`."""
-        if "shard" not in row:
-            picture = Image.open(self.path / row["file_name"])
-        elif self.output == "webdataset":
-            with tarfile.open(self.path / row["shard"]) as shard:
-                member = shard.extractfile(row["file_name"])
-                if member is None:
-                    raise FileNotFoundError(f"{row['shard']} has no file {row['file_name']}")
-                picture = Image.open(io.BytesIO(member.read()))
-        else:
-            from datasets import load_dataset
+        """Open the picture of one of :meth:`rows`.
 
-            rows = load_dataset("parquet", data_files=str(self.path / row["shard"]), split="train", streaming=True)
-            picture = next(each["image"] for each in rows if each["index"] == row["index"])
-        return picture.convert("RGB")
+        Raises:
+            InputError: where it is damaged.
+        """
+        path = self.path / str(file_of(row))
+        try:
+            with Image.open(path if path.suffix == ".png" else self._member(path, row), formats=["PNG"]) as picture:
+                return picture.convert("RGB")
+        except MemoryError:
+            raise
+        except Exception as error:  # the libraries raise many kinds
+            raise InputError(f"save_dir: {path} is damaged; use the same command to make it again") from error
+
+    def _member(self, path: Path, row: dict[str, Any]) -> io.BytesIO:
+        """The PNG of a picture in a shard."""
+        if path.suffix == ".tar":
+            return io.BytesIO(_read_tar(path, row["file_name"]))
+        if self._table is None or self._table[0] != path:
+            from pyarrow import parquet
+
+            self._table = path, parquet.read_table(path, columns=["index", "image"])
+        table = self._table[1]
+        return io.BytesIO(table["image"][table["index"].to_pylist().index(row["index"])].as_py()["bytes"])
+
+    def drop_damaged(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Open the pictures of some rows; a file that can't be opened no longer counts as written."""
+        for row in rows:
+            name = str(file_of(row))
+            state = _state(self.path / name)
+            if state is None or ("shard" not in row and self._opened.get(name) == state):
+                continue
+            try:
+                self.open(row)
+                self._opened[name] = state
+            except InputError:
+                self._damaged.add(name)
 
     def merge(self) -> None:
-        """Merge the lines of all processes into one file, by index, and delete what stopped runs left."""
+        """Merge the lines of all processes into one file, by index, and remove what stopped runs left.
+
+        No other process may write meanwhile.
+        """
+        self._remove_leftovers()
         with atomic_write(self.path / METADATA) as aside, aside.open("w", encoding="utf-8") as metadata:
             metadata.writelines(to_line(row) + "\n" for row in self.rows())
-        self._delete(".metadata.*.jsonl", ".*.png.*", "*/.*.png.*", f"{STAGING}/*")
-        self._delete(*(f".*.{suffix}.*" for suffix in SUFFIX.values()))
-        if (self.path / STAGING).is_dir():
+            metadata.flush()
+            os.fsync(metadata.fileno())
+        for path in self._metadata():
+            if path.name != METADATA:
+                path.unlink()
+
+    def _remove_leftovers(self) -> None:
+        """Remove hidden temporary files, PNGs that are in a shard by now, and pictures and shards that are damaged."""
+        waiting = set() if self.output == "files" else {row["index"] for row in self.rows() if "shard" not in row}
+        folders = {self.path, self.path / STAGING}
+        for name in self.names():
+            path = self.path / name
+            folders.add(path.parent)
+            packed = path.parent.name == STAGING and int(path.stem) not in waiting
+            if packed or not self._is_there(name):
+                path.unlink(missing_ok=True)
+                self._damaged.discard(name)
+        for folder in folders:
+            if folder.is_dir():
+                remove_leftovers(folder, TEMPORARY)
+        with suppress(OSError):  # others' files may be in it
             (self.path / STAGING).rmdir()
 
     def clear(self) -> None:
-        """Delete all pictures and their metadata."""
-        self._delete("*.png", "[0-9]*/*.png", f"*{METADATA}", ".metadata.*.jsonl", f"{STAGING}/*.png")
-        self._delete(*(f"*.{suffix}" for suffix in SUFFIX.values()))
-
-    def _delete(self, *patterns: str) -> None:
-        for path in {path for pattern in patterns for path in self.path.glob(pattern)}:
+        """Remove all pictures that lines of metadata name, the lines, and the figure."""
+        self._remove_leftovers()
+        names = self.names()
+        for name in names:
+            (self.path / name).unlink(missing_ok=True)
+        for folder in {Path(name).parent for name in names} - {Path()}:
+            with suppress(OSError):  # others' files may be in it
+                (self.path / folder).rmdir()
+        if read_mark(self.path / GRID):
+            (self.path / GRID).unlink()
+        for path in self._metadata():
             path.unlink()
 
     def _append(self, rows: list[dict[str, Any]]) -> None:
@@ -155,16 +289,91 @@ class Gallery:
             file.write("".join(to_line(row) + "\n" for row in rows).encode())
 
 
+def picture_name(index: int, own_file: bool = True) -> str:
+    """The path of a PNG in the folder; that of one which waits to be packed, where it has no file of its own."""
+    folder = ("" if index < PICTURES_PER_FOLDER else f"{index // PICTURES_PER_FOLDER:05d}") if own_file else STAGING
+    return str(Path(folder) / f"{index:06d}.png")
+
+
+def file_of(row: Any) -> str | None:
+    """The file that a line of metadata names; None where this module would not have written it so."""
+    index = row.get("index") if isinstance(row, dict) else None
+    if not isinstance(index, int) or isinstance(index, bool) or index < 0:
+        return None
+    name, shard = row.get("file_name"), row.get("shard")
+    if "shard" in row:
+        known = isinstance(shard, str) and re.fullmatch(SHARD_NAME, shard) and name == f"{index:09d}.png"
+        return shard if known else None
+    return name if name in (picture_name(index), picture_name(index, own_file=False)) else None
+
+
+def is_hidden_of_ours(path: Path) -> bool:
+    """Whether it is a hidden file or folder that this module writes, to judge by its name."""
+    return path.name == STAGING or HIDDEN.fullmatch(path.name) is not None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a picture or a shard was written to its end; its content is not looked at."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(8)
+            file.seek(max(0, size - 1024))
+            tail = file.read()
+    except OSError:
+        return False
+    if path.suffix == ".png":
+        return head == b"\x89PNG\r\n\x1a\n" and tail.endswith(b"\0\0\0\0IEND\xaeB`\x82")
+    if path.suffix == ".tar":
+        return size > 1024 and size % tarfile.RECORDSIZE == 0 and any(head) and not any(tail)
+    footer = int.from_bytes(tail[-8:-4], "little")
+    return head[:4] == tail[-4:] == b"PAR1" and 0 < footer <= size - 12
+
+
+def _state(path: Path) -> tuple[int, int] | None:
+    """The size and the time of the last change; None where there is no such file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
+def read_mark(path: Path) -> dict[str, Any]:
+    """What the text field of a PNG of ours says, before its pixels; ``{}`` where it is none of ours."""
+    with suppress(OSError, ValueError, RecursionError, zlib.error), path.open("rb") as file:
+        if path.is_symlink() or file.read(8) != b"\x89PNG\r\n\x1a\n":
+            return {}
+        while len(head := file.read(8)) == 8 and head[4:] not in (b"IDAT", b"IEND"):
+            length = int.from_bytes(head[:4], "big")
+            if head[4:] in (b"iTXt", b"tEXt") and length < 2**20:
+                keyword, _, rest = file.read(length).partition(b"\0")
+                if keyword == MARK.encode():
+                    mark = json.loads(rest[2:].split(b"\0", 2)[2] if head[4:] == b"iTXt" else rest)
+                    return mark if isinstance(mark, dict) else {}
+                file.seek(4, io.SEEK_CUR)
+            else:
+                file.seek(length + 4, io.SEEK_CUR)
+    return {}
+
+
 def to_line(row: dict[str, Any]) -> str:
     """A row of metadata as JSON on one line."""
     return json.dumps(row, ensure_ascii=False)
 
 
-def save_png(path: Path, picture: Image.Image, provenance: str) -> None:
-    """Write a PNG, atomically, with how it was made in its text field ``clipward``."""
+def save_png(path: Path, picture: Image.Image, provenance: str, clear: bool = True) -> None:
+    """Write a PNG, atomically, with how it was made in its text field ``clipward``.
+
+    Args:
+        path: the file.
+        picture: its pixels.
+        provenance: how it was made.
+        clear: as in :func:`clipward.files.atomic_write`.
+    """
     info = PngInfo()
-    info.add_itxt("clipward", provenance)
-    with atomic_write(path) as aside:
+    info.add_itxt(MARK, provenance)
+    with atomic_write(path, clear) as aside:
         picture.save(aside, "png", pnginfo=info)
 
 
@@ -177,6 +386,14 @@ def _write_tar(path: Path, rows: list[dict[str, Any]], pictures: list[bytes]) ->
                 entry = tarfile.TarInfo(name)
                 entry.size = len(content)
                 shard.addfile(entry, io.BytesIO(content))
+
+
+def _read_tar(path: Path, name: str) -> bytes:
+    with tarfile.open(path, "r:") as shard:
+        member = shard.extractfile(name)
+        if member is None:
+            raise FileNotFoundError(f"{path} has no file {name}")
+        return member.read()
 
 
 def _write_parquet(path: Path, rows: list[dict[str, Any]], pictures: list[bytes]) -> None:

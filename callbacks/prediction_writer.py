@@ -1,6 +1,8 @@
 """The callback of ``predict``: it writes the pictures, ``metadata.jsonl``, ``grid.png`` and the command's config."""
 
-from collections.abc import Set
+import os
+from collections.abc import Iterator, Set, Sized
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,12 +15,12 @@ from PIL import Image
 from torch import Tensor
 
 from clipward.callbacks.figure import Cell, draw_figure
-from clipward.callbacks.gallery import Gallery, Output, save_png, to_line
-from clipward.errors import InputError
-from clipward.files import atomic_write
+from clipward.callbacks.gallery import CONFIG_FILE, GRID, LOCK, Gallery, Output, is_hidden_of_ours, save_png, to_line
+from clipward.callbacks.signals import StopSignals
+from clipward.errors import InputError, first_line, shorten
+from clipward.files import FolderLock, atomic_write, check_writable
 from clipward.sampler import HasSampler
 
-CONFIG_FILE = "config.predict.yaml"
 PACKAGES = ("clipward", "torch", "lightning", "open_clip_torch")
 HASHES = ("weights_hash", "clip_hash", "noisy_clip_hash", "classifier_hash")
 # settings that do not change the pictures
@@ -29,9 +31,10 @@ GRID_ROWS, GRID_COLUMNS = 16, 24
 
 
 class HasDone(Protocol):
-    """A data module that leaves out the requests whose indices are in ``done``."""
+    """A data module that leaves out the requests whose indices are in ``done``, of all ``requests``."""
 
     done: Set[int]
+    requests: Any
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -39,6 +42,11 @@ class PredictionWriter(BasePredictionWriter):
 
     With ``files`` the folder is one that ``datasets.load_dataset("imagefolder", data_dir=…)`` opens; shards are opened
     as ``webdataset`` and ``parquet``. Processes on several machines must share the folder.
+
+    The first write waits for the first pictures, so that a command which fails before them leaves nothing. One run at a
+    time writes to a folder. Files that are not of ``predict`` stay as they are.
+
+    SIGTERM and SIGINT raise :class:`clipward.callbacks.signals.Stopped` while it draws.
 
     Args:
         save_dir: the folder. It must be new, empty or written by the same command.
@@ -61,44 +69,93 @@ class PredictionWriter(BasePredictionWriter):
             raise InputError(f"shard_size: got {shard_size}, expected 1 or more")
         self.save_dir, self.config, self.overwrite = Path(save_dir), config, overwrite
         self.gallery, self.shard_size = Gallery(self.save_dir, output), shard_size
+        self.lock = FolderLock(self.save_dir / LOCK)
+        self.signals = StopSignals()
+        self.begun = False
 
     def finished(self) -> set[int]:
         """The indices of the requests that an earlier run of this command has finished.
 
         Raises:
-            InputError: where the folder belongs to another command.
+            InputError: where the folder belongs to another command, or can't be written.
         """
-        if not self.save_dir.exists() or not any(self.save_dir.iterdir()):
-            return set()
+        check_writable(self.save_dir, "save_dir", folder=True)
+        there = [] if not self.save_dir.exists() else list(self.save_dir.iterdir())
+        if all(is_hidden_of_ours(path) for path in there):
+            return set()  # also where a run was killed before it had written its config
         file = self.save_dir / CONFIG_FILE
-        difference = find_difference(file.read_text(), self.config) if file.is_file() else f"it has no {CONFIG_FILE}"
-        if difference:
-            if self.overwrite and file.is_file():
-                return set()
-            advice = "another folder or --overwrite true" if file.is_file() else "another folder"
+        if not file.is_file() or file.is_symlink():
             raise InputError(
-                f"save_dir: {self.save_dir} holds other files than this command's ({difference}); use {advice}"
+                f"save_dir: {self.save_dir} holds other files than this command's (it has no {CONFIG_FILE}); use "
+                "another folder"
             )
+        difference = find_difference(read_config(file), self.config)
+        if difference and not self.overwrite and any(True for _ in self.gallery.rows()):
+            raise InputError(
+                f"save_dir: {self.save_dir} holds other files than this command's ({difference}); use another folder "
+                "or --overwrite true"
+            )
+        if difference:
+            return set()
+        self.gallery.drop_damaged(self._shown())
         return self.gallery.indices()
+
+    def check(self, requests: Any) -> set[int]:
+        """Find what is finished, and check that no file of another one has a name that will be written.
+
+        Args:
+            requests: all of this command; their number need not be known.
+
+        Raises:
+            InputError: as :meth:`finished` does, and for such a file.
+        """
+        done = self.finished()
+        if self.save_dir.exists():
+            count = len(requests) if isinstance(requests, Sized) else None
+            stranger = self.gallery.find_stranger(done, count)
+            if stranger is not None:
+                raise InputError(
+                    f"save_dir: {self.save_dir / stranger} is there and was not written by predict; move it or use "
+                    "another folder"
+                )
+        return done
 
     def setup(self, trainer: L.Trainer, pl_module: HasSampler, stage: str) -> None:
         requests: HasDone = trainer.datamodule
         # One process looks at the folder, so that all leave out the same requests.
-        requests.done = trainer.strategy.broadcast(self.finished() if trainer.is_global_zero else set())
+        done = self.check(requests.requests) if trainer.is_global_zero else set()
+        requests.done = trainer.strategy.broadcast(done)
         self.gallery.rank = trainer.global_rank
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: HasSampler) -> None:
+        self.signals.install()  # again, for the Trainer has its own by now, which nothing looks at while it predicts
         requests: HasDone = trainer.datamodule
+        self.begun = False
         provenance = pl_module.provenance()
         if trainer.is_global_zero:
+            if (self.save_dir / CONFIG_FILE).is_file():
+                self._take_lock()
             if requests.done:
                 self._check_same_weights(provenance)
-                self.gallery.pack_left(self.shard_size)
-            else:
-                self.gallery.clear()
-            with atomic_write(self.save_dir / CONFIG_FILE) as aside:
-                aside.write_text(self.config, encoding="utf-8")
-        trainer.strategy.barrier("save_dir")
+
+    def _begin(self, requests: HasDone) -> None:
+        """Prepare the folder for this command's pictures. Only one process does, and the others wait."""
+        self._take_lock()
+        if self.check(requests.requests) != requests.done:
+            raise InputError(f"save_dir: another run has written to {self.save_dir}; use the same command again")
+        if requests.done:
+            self.gallery.merge()
+            self.gallery.take_staged(self.shard_size)
+        else:
+            self.gallery.clear()
+        with atomic_write(self.save_dir / CONFIG_FILE) as aside, aside.open("w", encoding="utf-8") as file:
+            file.write(self.config)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _take_lock(self) -> None:
+        if not self.lock.acquire():
+            raise InputError(f"save_dir: another run is writing to {self.save_dir}; wait for it or use another folder")
 
     def _check_same_weights(self, provenance: dict[str, Any]) -> None:
         before = next(self.gallery.rows())
@@ -120,6 +177,11 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
+        if not self.begun:  # all processes have their first batch at the same time
+            if trainer.is_global_zero:
+                self._begin(trainer.datamodule)
+            trainer.strategy.barrier("save_dir")
+            self.begun = True
         common = prediction["provenance"] | {name: version(name) for name in PACKAGES}
         for i, index in enumerate(batch["index"]):
             if batch["valid"][i]:
@@ -135,18 +197,45 @@ class PredictionWriter(BasePredictionWriter):
                 self.gallery.add(row, to_picture(prediction["image"][i]))
         self.gallery.pack_staged(self.shard_size)
 
+    def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        super().on_predict_batch_end(*args, **kwargs)
+        self.signals.check()
+
     def on_predict_end(self, trainer: L.Trainer, pl_module: HasSampler) -> None:
         trainer.strategy.barrier("written")
         if trainer.is_global_zero:
             self.finish()
+        self.signals.restore()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: HasSampler, exception: BaseException) -> None:
+        self.signals.restore()
+        self.lock.release()
 
     def finish(self) -> None:
         """Merge what the processes wrote and draw the grid. A second call changes nothing."""
-        self.gallery.pack_left(self.shard_size)
-        self.gallery.merge()
-        count, shown = self.draw_grid()
+        self._take_lock()
+        try:
+            if not self.begun:
+                self.gallery.merge()
+            self.gallery.pack_left(self.shard_size)
+            self.gallery.merge()
+            count, shown = self.draw_grid()
+        finally:
+            self.lock.release()
         which = "all" if shown == count else "the first"
-        print(f"{count} pictures in {self.save_dir}, {which} of them in {self.save_dir / 'grid.png'}")
+        print(f"{count} pictures in {self.save_dir}, {which} of them in {self.save_dir / GRID}")
+
+    def _shown(self) -> Iterator[dict[str, Any]]:
+        """Yield the rows of the first seeds, texts and weights, which the figure shows."""
+        seeds: set[int] = set()
+        columns: set[tuple[str, float]] = set()
+        for row in self.gallery.rows():
+            with suppress(KeyError, TypeError):  # a line that another one has changed
+                seed, column = row["seed"], (row["text"], row["guidance_weight"])
+                if (seed in seeds or len(seeds) < GRID_ROWS) and (column in columns or len(columns) < GRID_COLUMNS):
+                    seeds.add(seed)
+                    columns.add(column)
+                    yield row
 
     def draw_grid(self) -> tuple[int, int]:
         """Draw the first seeds, texts and weights as a figure.
@@ -154,29 +243,36 @@ class PredictionWriter(BasePredictionWriter):
         Returns:
             how many pictures there are, and how many of them the figure shows.
         """
-        seeds: set[int] = set()
-        columns: set[tuple[str, float]] = set()
         pictures: dict[Cell, Image.Image] = {}
         common: dict[str, Any] = {}
-        count = 0
-        for row in self.gallery.rows():
-            count += 1
-            cell = Cell(row["seed"], row["text"], row["guidance_weight"])
-            column = cell.text, cell.guidance_weight
-            if (cell.seed in seeds or len(seeds) < GRID_ROWS) and (column in columns or len(columns) < GRID_COLUMNS):
-                seeds.add(cell.seed)
-                columns.add(column)
-                pictures[cell] = self.gallery.open(row)
-                common = common or {name: value for name, value in row.items() if name not in PER_PICTURE}
+        for row in self._shown():
+            pictures[Cell(row["seed"], row["text"], row["guidance_weight"])] = self.gallery.open(row)
+            common = common or {name: value for name, value in row.items() if name not in PER_PICTURE}
         if pictures:
-            save_png(self.save_dir / "grid.png", draw_figure(pictures), to_line(common))
-        return count, len(pictures)
+            save_png(self.save_dir / GRID, draw_figure(pictures), to_line(common))
+        return len(self.gallery.indices()), len(pictures)
 
 
 def to_picture(image: Tensor) -> Image.Image:
     """(3, H, W) in [-1, 1] -> an RGB picture."""
     pixels = ((image.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def read_config(path: Path) -> str:
+    """A command's config.
+
+    Raises:
+        InputError: where it is none.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise InputError(f"save_dir: {path} can't be read ({first_line(error)}); use another folder") from error
+    if content is not None and not isinstance(content, dict):
+        raise InputError(f"save_dir: {path} is {shorten(content)}, not a command; use another folder")
+    return text
 
 
 def find_difference(theirs: str, ours: str) -> str:

@@ -1,3 +1,4 @@
+import fcntl
 import json
 from pathlib import Path
 
@@ -6,6 +7,9 @@ from datasets import load_dataset
 from PIL import Image
 
 from clipward.callbacks.gallery import Gallery
+from clipward.callbacks.prediction_writer import PredictionWriter
+from clipward.errors import InputError
+from clipward.files import atomic_folder, atomic_write, check_writable, remove_leftovers
 
 
 def row(index: int) -> dict:
@@ -108,3 +112,161 @@ def test_a_picture_without_its_file_counts_as_missing(tmp_path: Path) -> None:
     gallery = filled(tmp_path, "files")
     (tmp_path / "000004.png").unlink()
     assert gallery.indices() == {0, 2, 6, 8}
+
+
+# what belongs to others
+
+COMMAND, OTHER = "text: [a]\n", "text: [b]\n"
+
+
+def taken(path: Path, output: str = "files", command: str = COMMAND) -> PredictionWriter:
+    """A folder that a command has finished."""
+    writer = PredictionWriter(str(path), command, output=output, shard_size=2)
+    gallery = filled(path, output, count=2)
+    (path / "config.predict.yaml").write_text(command)
+    gallery.pack_left(2)
+    writer.finish()
+    return writer
+
+
+STRANGERS = {"holiday.png": b"x", "backup.tar": b"x", "2024/beach.png": b"x", "00001/mine.png": b"x", ".mine.1": b"x"}
+
+
+@pytest.mark.parametrize("output", ["files", "webdataset", "parquet"])
+def test_files_of_others_stay(tmp_path: Path, output: str) -> None:
+    out = tmp_path / "x"
+    writer = taken(out, output)
+    for name, content in STRANGERS.items():
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_bytes(content)
+    assert writer.check(range(4)) == {0, 2}
+    again = PredictionWriter(str(out), OTHER, overwrite=True, output="files")
+    assert again.check(range(4)) == set()
+    again.gallery.clear()
+    again.gallery.merge()
+    left = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert left == {*STRANGERS, "config.predict.yaml", "metadata.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("output", "name", "content"),
+    [
+        ("files", "000003.png", b"mine"),
+        ("files", "000001.png", b""),
+        ("files", "grid.png", b"mine"),
+        ("files", "metadata.jsonl", b"mine\n"),
+        ("files", "metadata.jsonl", b'{"file_name": "holiday.png"}\n'),
+        ("webdataset", "000000003.tar", b"mine"),
+        ("parquet", "000000001.parquet", b"mine"),
+    ],
+)
+def test_a_name_that_another_file_has_is_refused(tmp_path: Path, output: str, name: str, content: bytes) -> None:
+    out = tmp_path / "x"
+    taken(out, output)
+    (out / name).write_bytes(content)
+    for command in (COMMAND, OTHER):
+        writer = PredictionWriter(str(out), command, overwrite=True, output=output)
+        with pytest.raises(InputError, match=f"save_dir: {out / name} is there and was not written by predict"):
+            writer.check(range(4))
+    assert (out / name).read_bytes() == content
+
+
+def test_a_name_that_is_not_needed_is_not_refused(tmp_path: Path) -> None:
+    taken(tmp_path / "x").save_dir.joinpath("000009.png").write_bytes(b"mine")
+    assert PredictionWriter(str(tmp_path / "x"), COMMAND).check(range(4)) == {0, 2}
+
+
+def test_metadata_names_nothing_outside(tmp_path: Path) -> None:
+    writer = taken(tmp_path / "x")
+    precious = tmp_path / "precious.png"
+    precious.write_bytes((tmp_path / "x/000000.png").read_bytes())
+    lines = [{"index": 0, "file_name": name} for name in ("../precious.png", str(precious), "holiday.png", None, [])]
+    lines += [{"index": 1, "file_name": "000000001.png", "shard": shard} for shard in ("../precious.png", 3, "x.tar")]
+    lines += [{"index": index, "file_name": "000000.png"} for index in ("0", -1, True, None, 2.0)]
+    with (tmp_path / "x/metadata.jsonl").open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in [*lines, [], 3, "x", {}])
+    assert writer.check(range(4)) == {0, 2}
+    writer.gallery.clear()
+    assert precious.exists()
+
+
+@pytest.mark.parametrize("harm", ["empty", "cut", "other"])
+@pytest.mark.parametrize("output", ["files", "webdataset", "parquet"])
+def test_a_damaged_file_is_made_again(tmp_path: Path, output: str, harm: str) -> None:
+    out = tmp_path / "x"
+    writer = taken(out, output)
+    name = {"files": "000002.png", "webdataset": "000000000.tar", "parquet": "000000000.parquet"}[output]
+    content = (out / name).read_bytes()
+    (out / name).write_bytes({"empty": b"", "cut": content[:-20], "other": b"x" * len(content)}[harm])
+    again = PredictionWriter(str(out), COMMAND, output=output)
+    assert again.check(range(4)) == ({0} if output == "files" else set())
+    again.gallery.merge()
+    assert not (out / name).exists()
+    assert writer.save_dir.joinpath("metadata.jsonl").exists()
+
+
+def test_a_picture_of_the_figure_that_cannot_be_opened_is_made_again(tmp_path: Path) -> None:
+    path = taken(tmp_path / "x").save_dir / "000002.png"
+    content = bytearray(path.read_bytes())
+    place = content.index(b"IDAT")
+    content[place + 6 : place + 10] = b"\xff" * 4
+    path.write_bytes(content)
+    assert PredictionWriter(str(tmp_path / "x"), COMMAND).check(range(4)) == {0}
+
+
+def test_a_config_without_pictures_blocks_nothing(tmp_path: Path) -> None:
+    (tmp_path / ".config.predict.yaml.123").write_text("")
+    assert PredictionWriter(str(tmp_path), COMMAND).check(range(4)) == set()
+    (tmp_path / "config.predict.yaml").write_text(OTHER)
+    (tmp_path / "holiday.png").write_bytes(b"x")
+    assert PredictionWriter(str(tmp_path), COMMAND).check(range(4)) == set()
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"a: [", b"- a", b"3", b"\x00" * 9])
+def test_a_config_that_cannot_be_read_is_one_line(tmp_path: Path, content: bytes) -> None:
+    taken(tmp_path / "x").save_dir.joinpath("config.predict.yaml").write_bytes(content)
+    with pytest.raises(InputError, match=r"save_dir: .*config\.predict\.yaml .*; use another folder$"):
+        PredictionWriter(str(tmp_path / "x"), COMMAND, overwrite=True).check(range(4))
+
+
+def test_one_run_at_a_time_writes_to_a_folder(tmp_path: Path) -> None:
+    writer = taken(tmp_path / "x")
+    other = PredictionWriter(str(tmp_path / "x"), COMMAND)
+    assert other.lock.acquire()
+    with pytest.raises(InputError, match=r"save_dir: another run is writing to .*; wait for it or use another folder"):
+        writer.finish()
+    other.lock.release()
+    writer.finish()
+    assert not list((tmp_path / "x").glob(".*"))
+
+
+@pytest.mark.parametrize("kind", ["a file", "below a file", "a link to nothing", "a long name", "a null byte"])
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    names = {
+        "a file": "file",
+        "below a file": "file/x/y",
+        "a link to nothing": "link/x",
+        "a long name": "x/" + "y" * 300,
+    }
+    before = sorted(tmp_path.rglob("*"))
+    path = tmp_path / names.get(kind, "x\0y")
+    for place, folder in ((path, True), (path / "z", False)):
+        with pytest.raises(InputError, match=r"save_dir: got .*, expected a f.* that can be written"):
+            check_writable(place, "save_dir", folder)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_a_killed_writer_left_is_removed_but_not_what_is_in_use(tmp_path: Path) -> None:
+    for name in (".a.png.1", ".a.png.2", ".b.png.1", ".a.png.x", "a.png"):
+        (tmp_path / name).write_text("x")
+    with (tmp_path / ".a.png.2").open() as used:
+        fcntl.flock(used, fcntl.LOCK_EX)
+        with atomic_write(tmp_path / "a.png") as aside:
+            remove_leftovers(tmp_path, r"a\.png")
+            aside.write_text("y")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.png.2", ".a.png.x", ".b.png.1", "a.png"]
+    with atomic_folder(tmp_path / "a.png2") as aside:
+        (aside / "x").write_text("x")
+    assert (tmp_path / "a.png2/x").exists()
