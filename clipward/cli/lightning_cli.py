@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -17,10 +18,19 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-from clipward.callbacks.checkpoints import AtomicCheckpointIO, check, last_checkpoint
+from clipward.callbacks.checkpoints import (
+    NEEDED,
+    TO_TRAIN,
+    AtomicCheckpointIO,
+    check,
+    check_content,
+    last_checkpoint,
+    remove_unfinished,
+)
 from clipward.callbacks.evaluation import Evaluation
 from clipward.callbacks.gallery import Output
 from clipward.callbacks.prediction_writer import PredictionWriter
+from clipward.callbacks.signals import MAIN, PATIENCE, Stopped, StopSignals, end_with_main, is_launched, wait_for_main
 from clipward.cli.flags import DEFAULTS, FLAGS, MODEL_FLAGS, REQUEST_FLAGS, Flag
 from clipward.cli.help import COMMANDS
 from clipward.cli.messages import first_process
@@ -32,13 +42,17 @@ from clipward.datamodules.own_samples import OwnSamplesDataModule
 from clipward.datamodules.prompts import PromptDataModule
 from clipward.errors import InputError, shorten
 from clipward.evaluation.judges import Judges
+from clipward.files import check_writable
 from clipward.guidance.core import GuidanceError
 from clipward.guidance.methods import METHODS
 from clipward.guidance.models import GuidanceConfig, choose_method
 from clipward.sampler import SamplingConfig
 
 MENDABLE = (InputError, GuidanceError, MisconfigurationException)  # errors that are a person's to mend
-OF_THE_DISK = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENOSPC, errno.EDQUOT}
+OF_THE_DISK = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE),
+}
 
 
 class ClipwardParser(OneLineParser, LightningArgumentParser):
@@ -78,6 +92,7 @@ class ClipwardCLI(LightningCLI):
         config.trainer.inference_mode = False
         self._check_strategy(config.trainer)
         self._find_checkpoint(config)
+        self._check_places(config)
         for name, flag in MODEL_FLAGS.items():
             self._set_argument(name, flag.sets or name)
         if self.subcommand in ("predict", "test"):
@@ -115,10 +130,46 @@ class ClipwardCLI(LightningCLI):
             if first_process():
                 print(f"ckpt_path: {found or f'no checkpoint below {root} yet; starting at the beginning'}")
             config.ckpt_path = None if found is None else str(found)
-        elif not Path(path).exists():
+        elif not os.path.lexists(path):
             raise InputError(f"ckpt_path: there is no file {path}")
         else:
             check(Path(path), root)
+        if config.ckpt_path is not None:
+            drawn = ("architecture", "current_model_state") if "sampling" in config.model.init_args else ()
+            trained = TO_TRAIN if self.subcommand == "fit" else ()
+            check_content(Path(config.ckpt_path), (*NEEDED, *drawn, *trained))
+
+    def _check_places(self, config: Any) -> None:
+        """All that will be written can be, and is not there yet, before anything is drawn or trained."""
+        if self.subcommand in ("predict", "test"):
+            if not config.save_dir:
+                raise InputError(f"save_dir: got {shorten(config.save_dir)}, expected a folder")
+            check_writable(Path(config.save_dir), "save_dir", folder=True)
+        if self.subcommand != "fit":
+            return
+        arguments = config.model.get("init_args") or Namespace()
+        if arguments.get("save_path"):
+            check_writable(Path(arguments.save_path), "model.save_path")
+            if os.path.lexists(arguments.save_path):
+                raise InputError(f"model.save_path: {arguments.save_path} exists; choose another name")
+        if arguments.get("save_dir"):
+            check_writable(Path(arguments.save_dir), "model.save_dir", folder=True)
+            if Path(arguments.save_dir).exists() and any(Path(arguments.save_dir).iterdir()):
+                raise InputError(f"model.save_dir: {arguments.save_dir} is not empty; choose another folder")
+        trainer = config.trainer
+        places = {"trainer.default_root_dir": trainer.default_root_dir}
+        for name in ("logger", "callbacks"):
+            parts = trainer.get(name)
+            for part in parts if isinstance(parts, list) else [parts]:
+                given = (part.get("init_args") or {}) if isinstance(part, Namespace) else {}
+                for setting in ("save_dir", "dirpath"):
+                    if given.get(setting):
+                        places[f"trainer.{name}.{setting}"] = given[setting]
+        samples = (config.get("data.init_args") or {}).get("samples_dir")
+        places["data.samples_dir"] = samples if not config.get("data.init_args.path") else None
+        for field, place in places.items():
+            if place and "://" not in str(place):
+                check_writable(Path(place), field, folder=True)
 
     def _set_argument(self, name: str, argument: str) -> None:
         """Set an argument of the model by its short flag; other models than DDPMModule have some without a group."""
@@ -150,7 +201,8 @@ class ClipwardCLI(LightningCLI):
                 self.callback = PredictionWriter(
                     config.save_dir, text, config.overwrite, config.output, config.shard_size
                 )
-                self.requests.done = self.callback.finished()
+                self.requests.done = self.callback.check(self.requests.requests)
+                self.callback.signals.patience = PATIENCE
             else:
                 judges = Judges(config.judge, (r.text for r in self.requests.requests), config.features)
                 self.callback = Evaluation(judges, config.save_dir, config.overwrite)
@@ -183,12 +235,20 @@ class ClipwardCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
-        except (*MENDABLE, OSError):
+        except (*MENDABLE, OSError, Stopped):
             if self.trainer.progress_bar_callback is not None and first_process():
                 print(file=sys.stderr)  # the bar has left its line open
             raise
+        except RuntimeError as error:
+            if not str(error).startswith("Error(s) in loading state_dict"):
+                raise
+            name = self.config[subcommand].model.class_path.rpartition(".")[2]
+            raise InputError(f"ckpt_path: got a checkpoint of other tensors than {name} has; use its own") from error
 
     def before_fit(self) -> None:
+        logs = self._get(self.config_init, "trainer.logger.init_args.save_dir")
+        if logs and Path(logs).is_dir() and self.trainer.is_global_zero:
+            remove_unfinished(Path(logs))
         if isinstance(self.datamodule, OwnSamplesDataModule) and self.datamodule.draws:
             draw_own_samples(self.trainer, self.model.weights, self.datamodule)
 
@@ -267,6 +327,10 @@ def run(command: str, args: Sequence[str]) -> None:
     """Run a command that needs a Trainer."""
     cli: type[ClipwardCLI] = Help if "--help.all" in args else ClipwardCLI
     arguments = [command, *(args if cli is Help else prepare(command, args))]
+    end_with_main()
+    signals = StopSignals(PATIENCE)
+    if command == "predict":
+        signals.install()
     try:
         cli(
             args=arguments,
@@ -284,3 +348,14 @@ def run(command: str, args: Sequence[str]) -> None:
         raise InputError(f"{error.filename or 'the disk'}: {error.strerror}") from error
     except SIGTERMException:  # raised when all is saved
         sys.exit(128 + signal.SIGTERM)
+    except Stopped as stopped:
+        if first_process():
+            print(f"{stopped}; the same command goes on where it stopped", file=sys.stderr)
+        wait_for_main()
+        if stopped.timer is not None:
+            stopped.timer.cancel()
+        sys.exit(stopped.status)
+    finally:
+        signals.restore()
+        if not is_launched():
+            os.environ.pop(MAIN, None)

@@ -1,0 +1,180 @@
+"""A command that is asked to end does so soon, says how to go on, and leaves no process behind."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, metadata
+
+from clipward.callbacks.gallery import Gallery
+from clipward.callbacks.signals import MAIN, Stopped, StopSignals, is_launched
+from clipward.cli import main
+
+LONG = ["--text", "a man", "--guidance_weight", "20", "--n_samples", "5", "--skip_steps", "60", "--micro_batch", "1"]
+DDP = ["--trainer.strategy", "ddp", "--trainer.devices", "2"]
+
+
+def start(*command: str) -> subprocess.Popen:
+    alone = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "PYTEST"))}
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "cli.py"), *command],
+        cwd=ROOT,
+        env=alone | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def until(seen: Callable[[], object], process: subprocess.Popen) -> None:
+    while not seen():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+
+
+def count(out: Path) -> int:
+    return len(Gallery(out).indices()) if out.is_dir() else 0
+
+
+def alive(group: int) -> list[int]:
+    """The processes of a group that still run."""
+    found = []
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, number = status.read_text().rpartition(")")[2].split()[:3]
+        except OSError:
+            continue
+        if int(number) == group and state != "Z":
+            found.append(int(status.parent.name))
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_predict_ends_at_a_signal_and_goes_on(number: signal.Signals, config: str, tmp_path: Path) -> None:
+    flags = ["predict", "-c", config, *LONG, "--save_dir", str(tmp_path / "x")]
+    process = start(*flags)
+    until(lambda: count(tmp_path / "x") >= 2, process)
+    asked = time.monotonic()
+    process.send_signal(number)
+    said = process.communicate(timeout=120)[0]
+    assert time.monotonic() - asked < 15
+    assert process.returncode == 128 + number, said
+    assert said.strip().endswith(f"stopped by {number.name}; the same command goes on where it stopped")
+    assert "Traceback" not in said
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "x").glob("0*.png")}
+    assert 2 <= len(before) < 10
+    assert not list((tmp_path / "x").glob(".clipward.lock"))
+    main(flags)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert len(metadata(tmp_path / "x")) == 10
+    assert not list((tmp_path / "x").glob(".*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_no_process_outlives_the_main_one(number: signal.Signals, config: str, tmp_path: Path) -> None:
+    flags = ["predict", "-c", config, *LONG, *DDP, "--save_dir", str(tmp_path / "x")]
+    process = start(*flags)
+    until(lambda: count(tmp_path / "x") >= 4, process)
+    assert len(alive(process.pid)) == 2
+    process.send_signal(number)
+    asked = time.monotonic()
+    while alive(process.pid):
+        assert time.monotonic() - asked < 20, alive(process.pid)
+        time.sleep(0.1)
+    said = process.communicate()[0]
+    if number == signal.SIGKILL:
+        assert process.returncode == -number
+    else:
+        assert process.returncode == 128 + number, said
+        assert said.count("the same command goes on") == 1
+        assert "Traceback" not in said
+    short = start(*flags)
+    assert short.wait(timeout=300) == 0, short.communicate()[0]
+    assert len(metadata(tmp_path / "x")) == 10
+    assert not list((tmp_path / "x").glob(".*"))
+
+
+def test_a_signal_raises_and_the_handlers_come_back() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    signals = StopSignals()
+    signals.install()
+    signals.install()
+    with pytest.raises(Stopped, match="stopped by SIGTERM") as stopped:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert stopped.value.status == 143
+    with pytest.raises(Stopped):
+        signals.check()
+    signals.restore()
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        signals = StopSignals()
+        signals.install()
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+        signals.restore()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("environment", "launched"),
+    [
+        ({}, False),
+        ({"LOCAL_RANK": "1"}, False),
+        ({"LOCAL_RANK": "1", MAIN: "1"}, True),
+        ({"LOCAL_RANK": "0", MAIN: "1"}, False),
+        ({"LOCAL_RANK": "1", MAIN: "1", "TORCHELASTIC_RUN_ID": "x"}, False),
+    ],
+)
+def test_only_what_the_main_process_launched_ends_with_it(
+    environment: dict[str, str], launched: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("LOCAL_RANK", MAIN, "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert is_launched() == launched
+
+
+# what a command writes, and where it connects to
+
+
+def files(*folders: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for folder in folders for path in folder.rglob("*") if path.is_file()}
+
+
+def test_nothing_is_written_elsewhere_and_no_connection_is_tried(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError(f"a connection was tried: {arguments}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket.socket, "connect_ex", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    home, work = tmp_path / "home", tmp_path / "work"
+    for folder in (home, work):
+        folder.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(work)
+    watched = [home, work, *(ROOT / name for name in ("clipward", "configs", "checkpoints", "datamodules"))]
+    before = {path: time for path, time in files(*watched).items() if path.suffix != ".pyc"}
+    flags = ["-c", config, "--text", "a man", "--n_samples", "2", "--skip_steps", "2"]
+    for output in ("files", "parquet"):
+        main(["predict", *flags, "--save_dir", str(tmp_path / output), "--output", output])
+    main(["fit", "-c", config])
+    after = {path: time for path, time in files(*watched).items() if path.suffix != ".pyc"}
+    caches = home / ".cache"
+    assert {path: time for path, time in after.items() if not path.is_relative_to(caches)} == before
