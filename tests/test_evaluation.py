@@ -12,6 +12,7 @@ import torch
 from clipward.datamodules.faces import FacesDataModule
 from clipward.errors import InputError
 from clipward.evaluation.cost import Cost, average_costs
+from clipward.evaluation.features import Inception
 from clipward.evaluation.judgements import Judgement, load_judgements, save_judgements
 from clipward.evaluation.judges import Judges, check_prompt, load_judge, predict_attributes
 from clipward.evaluation.metrics import fid, jackknife, kid
@@ -288,3 +289,21 @@ def test_two_processes_judge_what_one_does(tmp_path: Path) -> None:
         assert one.pictures == two.pictures == (6 if one.guidance_weight else 3)
         assert (one.prompt_accuracy, one.attributes) == (two.prompt_accuracy, two.attributes)
         assert one.fid == pytest.approx(two.fid, rel=1e-4)
+
+
+class Writes:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self) -> tuple:
+        return open, (self.path, "w")
+
+
+def test_a_file_of_features_never_runs_code(tmp_path: Path) -> None:
+    torch.save({"weights": Writes(tmp_path / "written")}, tmp_path / "features.pt")
+    with pytest.raises(InputError, match=r"features: got .*features.pt") as raised:
+        Inception(str(tmp_path / "features.pt"))
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "written").exists()

@@ -1,9 +1,12 @@
 """Features by the Inception network of FID."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
-from clipward.errors import InputError, first_line
+from clipward.errors import InputError, first_line, shorten
+from clipward.files import check_archive
 
 
 class Inception(nn.Module):
@@ -24,10 +27,15 @@ class Inception(nn.Module):
             raise InputError(f"features: {path} needs torch-fidelity; use pip install 'clipward[inception]'") from error
         file = None if path == "inception" else path
         try:
+            if file is not None:  # torch-fidelity would run code that stands in it; tensors alone pass here
+                check_archive(Path(file), "features")
+                torch.load(file, map_location="cpu", weights_only=True)
             self.network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=file)
+        except InputError:
+            raise
         except Exception as error:
             raise InputError(
-                f"features: got {path}, expected judge, inception or a file with Inception's weights "
+                f"features: got {shorten(path)}, expected judge, inception or a file with Inception's weights "
                 f"({first_line(error)})"
             ) from error
 
