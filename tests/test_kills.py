@@ -1,5 +1,6 @@
 """A process is killed before each of its file operations: the same command goes on, and leaves nothing behind."""
 
+import errno
 import os
 import random
 import signal
@@ -14,10 +15,12 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, metadata, tiny_module, tiny_trainer
+from PIL import Image
 
 from clipward.callbacks.checkpoints import AtomicCheckpointIO, last_checkpoint, remove_unfinished
 from clipward.callbacks.gallery import Gallery
 from clipward.callbacks.prediction_writer import PredictionWriter
+from clipward.cli import main
 from clipward.datamodules.prompts import PromptDataModule
 from clipward.lightning_modules.ddpm import DDPMModule
 from clipward.sampler import SamplingConfig
@@ -215,3 +218,19 @@ def test_a_command_is_killed_at_random_times(config: str, tmp_path: Path, output
         assert not list(out.glob(".*"))
         assert len(metadata(out)) == 12
         assert yaml.safe_load((out / "config.predict.yaml").read_text())["save_dir"] == str(out)
+
+
+def test_a_full_disk_is_one_line_that_names_the_folder(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    command = ["predict", "-c", config, "--n_samples", "1", "--skip_steps", "1", "--save_dir", str(tmp_path / "x")]
+    with monkeypatch.context() as patch:
+        patch.setattr(Image.Image, "save", full)
+        with pytest.raises(SystemExit, match=f"^error: {tmp_path / 'x'}: No space left on device$"):
+            main(command)
+    main(command)
+    assert len(metadata(tmp_path / "x")) == 1
+    assert not list((tmp_path / "x").glob(".*"))

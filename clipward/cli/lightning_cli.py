@@ -235,7 +235,9 @@ class ClipwardCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
-        except (*MENDABLE, OSError, Stopped):
+        except (*MENDABLE, OSError, Stopped) as error:
+            if isinstance(error, OSError) and error.filename is None:  # a full disk doesn't say where
+                error.filename = self.config[subcommand].get("save_dir")
             if self.trainer.progress_bar_callback is not None and first_process():
                 print(file=sys.stderr)  # the bar has left its line open
             raise
