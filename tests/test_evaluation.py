@@ -223,7 +223,7 @@ def test_features_are_the_classifiers_or_the_clips_or_inceptions(tiny_clip: Path
     with torch.no_grad():
         torch.testing.assert_close(judges.features(image), network.eval()(pixels)[0])
     assert judges.features(image).shape == (2, 2048)
-    with pytest.raises(InputError, match=r"features: got .*nothing\.pth, expected judge, inception"):
+    with pytest.raises(InputError, match=r"features: got .*nothing\.pth', expected judge, inception"):
         Judges([str(clip)], ["a man"], str(tmp_path / "nothing.pth"))
 
 
