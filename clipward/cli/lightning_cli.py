@@ -38,6 +38,7 @@ from clipward.cli.own_samples import draw_own_samples
 from clipward.cli.parser import OneLineParser
 from clipward.cli.settings import prepare, shipped
 from clipward.cli.yaml_files import read_mapping
+from clipward.datamodules.celebahq import CelebAHQDataModule
 from clipward.datamodules.own_samples import OwnSamplesDataModule
 from clipward.datamodules.prompts import PromptDataModule
 from clipward.errors import InputError, shorten
@@ -213,8 +214,9 @@ class ClipwardCLI(LightningCLI):
             if found is None or found is error:
                 raise
             raise found from None
-        if isinstance(self.callback, Evaluation) and getattr(self.datamodule, "path", "") is not None:
-            self.callback.data = self.datamodule
+        if isinstance(self.callback, Evaluation):
+            lacks_pictures = isinstance(self.datamodule, CelebAHQDataModule) and self.datamodule.path is None
+            self.callback.data = None if lacks_pictures else self.datamodule
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         if self.subcommand == "fit" and self._get(self.config_init, "trainer.logger") is not False:

@@ -30,8 +30,10 @@ def draw_own_samples(trainer: L.Trainer, weights: str | None, data: OwnSamplesDa
     made_by: dict[str, Any] = {"weights": weights, "seed": data.seed, "unguided": True, "sampling": settings}
     writer: Any = PredictionWriter(str(data.samples_dir), yaml.safe_dump(made_by))
     requests = PromptDataModule(n_samples=data.samples, seed=data.seed, micro_batch=data.micro_batch)
-    requests.done = writer.finished()
+    requests.done = writer.check(requests.requests)
     if next(iter(requests.predict_dataloader()), None) is None:
+        if trainer.is_global_zero:
+            writer.finish()  # a stop may have come between the last sample and this
         return
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     callbacks.append(writer)
