@@ -62,6 +62,7 @@ def compare(
     seed: int = 1000,
     val_count: int = 24000,
     micro_batch: int = 32,
+    skip_steps: int = 50,
 ) -> None:
     """Judge the methods, and make the table and the figure of all that have been judged.
 
@@ -74,6 +75,7 @@ def compare(
         seed: the first seed.
         val_count: unseen faces to compare with.
         micro_batch: pictures sampled at once.
+        skip_steps: steps of each picture.
     """
     sentences = texts.read_text().splitlines()
     number = n_samples * len(sentences)
@@ -90,7 +92,7 @@ def compare(
         print(f"{pictures.parent.name} at {weights}", flush=True)
         command = ["test", "-c", str(ROOT / "configs/faces.yaml"), "--judge", *JUDGES, "--data", "null"]
         command += ["--method", method, "--guidance_weight", *map(str, weights), "--save_dir", str(pictures.parent)]
-        main([*command, "--micro_batch", str(micro_batch), *flags])
+        main([*command, "--micro_batch", str(micro_batch), "--skip_steps", str(skip_steps), *flags])
 
     if is_due("faces", faces):
         save_judgements(faces, judge_faces(sentences, n_samples))

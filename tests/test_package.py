@@ -30,7 +30,8 @@ def shipped() -> dict[str, Path]:
         f"{name}/{file.relative_to(folder).as_posix()}": file
         for name, folder in folders.items()
         for file in folder.rglob("*")
-        if file.is_file() and "__pycache__" not in file.parts
+        if file.is_file()
+        and not any(part == "__pycache__" or part.startswith(".") for part in file.relative_to(folder).parts)
     }
 
 
@@ -123,4 +124,4 @@ def test_the_installed_command_draws_with_what_it_ships(elsewhere: dict) -> None
 
 def test_the_installed_command_finds_its_configs_by_name(elsewhere: dict) -> None:
     printed = run("-m", "clipward.cli", "predict", "-c", "celebahq", "--print_config", **elsewhere)
-    assert yaml.safe_load(printed)["model"]["init_args"]["image_size"] == 256
+    assert yaml.safe_load(printed)["model"]["init_args"]["network"]["image_size"] == 256

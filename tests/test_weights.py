@@ -615,7 +615,7 @@ def test_blocks_may_have_their_first_names(saved_pipeline: Path, tmp_path: Path)
     [
         ("scheduler/scheduler_config.json", "[1]", r"got \[1\] for .*, expected a dictionary"),
         ("unet/config.json", "null", "got None for .*, expected a dictionary"),
-        ("unet/config.json", "{", "is no JSON"),
+        ("unet/config.json", "{", "can't be read as JSON"),
         (
             "model_index.json",
             json.dumps({"vqvae": ["diffusers", "VQModel"]}),
