@@ -31,7 +31,7 @@ def test_a_method_is_judged_into_a_table_and_a_figure(
     monkeypatch.setitem(METHODS, "contrastive", ("contrastive", [20]))
     monkeypatch.setattr("benchmarks.methods.POOL", 2)
     names = ["contrastive", "unguided", "faces", "rejection"]
-    compare(tmp_path, only=names, n_samples=1, val_count=300, skip_steps=15)
+    compare(tmp_path, only=names, n_samples=1, val_count=300, skip_steps=6)
     table = (tmp_path / "table.md").read_text()
     assert table in capsys.readouterr().out
     assert "| unguided | 0 | 12 | " in table
@@ -54,7 +54,7 @@ def test_a_method_is_judged_into_a_table_and_a_figure(
     men = [each for each in unguided if each.text == "a man"]
     draws = len(men) / sum(each.is_correct() for each in men)
     forwards = {each.text: each.cost.network_forwards for each in correct}
-    assert forwards["a man"] == pytest.approx(15 * draws)
+    assert forwards["a man"] == pytest.approx(6 * draws)
 
     before = (tmp_path / "contrastive/report.json").stat().st_mtime_ns
     compare(tmp_path, only=["contrastive"], n_samples=1, val_count=300)  # what is there is not judged again
