@@ -13,13 +13,13 @@ from torch import Tensor
 from clipward.callbacks.evaluation import HasValidationPictures
 from clipward.callbacks.figure import Cell, draw_figure
 from clipward.callbacks.gallery import save_png
-from clipward.callbacks.prediction_writer import GRID_ROWS, to_picture
+from clipward.callbacks.prediction_writer import GRID_ROWS
 from clipward.evaluation.cost import Cost, CostMeter
 from clipward.evaluation.judges import Judges
 from clipward.evaluation.reference import Reference
 from clipward.evaluation.scores import Scores, summarise
 from clipward.guidance.methods import Method
-from clipward.sampler import HasSampler
+from clipward.sampler import HasSampler, to_picture
 
 
 class GuidedSamples(L.Callback):

@@ -8,18 +8,16 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import lightning as L
-import torch
 import yaml
 from lightning.pytorch.callbacks import BasePredictionWriter
 from PIL import Image
-from torch import Tensor
 
 from clipward.callbacks.figure import Cell, draw_figure
 from clipward.callbacks.gallery import CONFIG_FILE, GRID, LOCK, Gallery, Output, is_hidden_of_ours, save_png, to_line
 from clipward.callbacks.signals import StopSignals
 from clipward.errors import InputError, first_line, shorten
 from clipward.files import FolderLock, atomic_write, check_writable
-from clipward.sampler import HasSampler
+from clipward.sampler import HasSampler, to_picture
 
 PACKAGES = ("clipward", "torch", "lightning", "open_clip_torch")
 HASHES = ("weights_hash", "clip_hash", "noisy_clip_hash", "classifier_hash")
@@ -251,12 +249,6 @@ class PredictionWriter(BasePredictionWriter):
         if pictures:
             save_png(self.save_dir / GRID, draw_figure(pictures), to_line(common))
         return len(self.gallery.indices()), len(pictures)
-
-
-def to_picture(image: Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1] -> an RGB picture."""
-    pixels = ((image.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
 def read_config(path: Path) -> str:

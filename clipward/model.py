@@ -16,7 +16,7 @@ from clipward.errors import InputError
 from clipward.files import CHECKPOINTS, CONFIGS, SHIPPED
 from clipward.guidance.models import GuidanceConfig, GuidanceModels
 from clipward.networks.unet import UNet
-from clipward.sampler import Sampler, SamplingConfig, Watch
+from clipward.sampler import Sampler, SamplingConfig, Watch, to_picture
 from clipward.weights.architecture import Architecture
 from clipward.weights.load import load_weights
 
@@ -201,9 +201,3 @@ def _settings_of(name: str) -> dict[str, Any]:
         if settings.get("default_weights") == f"{SHIPPED}{name}":
             return settings
     return {}
-
-
-def to_picture(image: Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1] -> an RGB picture."""
-    pixels = ((image.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
