@@ -19,7 +19,7 @@ demo: $(VENV)/installed
 	@echo "The pictures lie in out/demo; all of them at once in out/demo/grid.png"
 
 test: $(VENV)/installed
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
