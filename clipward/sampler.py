@@ -3,7 +3,8 @@
 import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -11,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from clipward.diffusion.denoiser import NetworkDenoiser, VarType
+from clipward.diffusion.denoiser import NetworkDenoiser, Prediction, VarType
+from clipward.diffusion.particles import Resampling
 from clipward.diffusion.sampling import Noise, State, Update, ancestral, ddim
 from clipward.diffusion.sampling import sample as walk
 from clipward.diffusion.schedule import Schedule, SkipType, Step, time_travel
@@ -20,6 +22,7 @@ from clipward.errors import InputError
 from clipward.guidance.core import Clamp, Guidance, GuidanceError, GuidanceInterval, GuidedDenoiser, RefuseFlat
 from clipward.guidance.methods import AUTO, METHODS, Method, MethodName
 from clipward.guidance.models import GuidanceModels, choose_method, fill_empty_texts
+from clipward.guidance.objectives import Objectives
 from clipward.networks.unet import UNet
 from clipward.weights.architecture import Architecture
 
@@ -35,7 +38,9 @@ class SamplingConfig:
             CLIP, else ``contrastive_denoised``.
         repeats: how often each step is taken, with the noise put back in between; the method's own by default.
         interval: the shares of T between which a text guides, such as 0.2 0.8; the method's own by default.
-        candidates: pictures to draw for each request. The one that the CLIPs find nearest to its text is kept.
+        candidates: pictures to draw for each text, all at once. At five steps they are resampled by their weights,
+            exp(w·L) of the guidance weight w and the objective L of the method (Feynman-Kac steering); where steps add
+            no noise they are not. Of the last ones, the one that the CLIPs find nearest to its text is kept.
         skip_steps: reverse steps to take.
         skip_type: how they are spread over the noise levels.
         solver: take the steps of a solver that needs fewer, in place of DDPM's or DDIM's: ``dpmpp_2m``,
@@ -134,6 +139,13 @@ class Sampler:
         return ddim(self.config.ddim_eta) if self.config.ddim else ancestral
 
     @property
+    def adds_noise(self) -> bool:
+        """Whether steps add noise, without which candidates that were resampled would stay alike."""
+        if self.config.solver is not None:
+            return self.config.solver == "sde_dpmpp_2m"
+        return not self.config.ddim or self.config.ddim_eta > 0
+
+    @property
     def var_type(self) -> VarType:
         return self.config.var_type or self.architecture.variance
 
@@ -176,8 +188,9 @@ class Sampler:
             GuidanceError: with the position in the whole lists.
         """
         images, retries, start = [], [], 0
+        together = max(1, len(seed) // self.config.candidates)
         while start < len(seed):
-            chunk = slice(start, start + (self._chunk or len(seed)))
+            chunk = slice(start, start + (self._chunk or together))
             size = len(seed[chunk])
             try:
                 image, again = self.best_of_n(text[chunk], seed[chunk], guidance_weight[chunk], progress, watch)
@@ -197,10 +210,11 @@ class Sampler:
 
     def _halve(self, size: int, error: RuntimeError) -> int:
         fewest = self.config.batch_multiple
-        if size <= fewest:
+        if size * self.config.candidates <= fewest or size == 1:
+            fewer = "" if self.config.candidates == 1 else "fewer --candidates, "
             raise InputError(
-                f"micro_batch: not even {fewest} pictures fit into memory; use --model.checkpoint_activations true or "
-                "--model.sampling.batch_multiple 1"
+                f"micro_batch: not even {max(fewest, self.config.candidates)} pictures fit into memory; use {fewer}"
+                "--model.checkpoint_activations true or --model.sampling.batch_multiple 1"
             ) from error
         return size // 2
 
@@ -214,23 +228,32 @@ class Sampler:
     ) -> tuple[Tensor, list[int]]:
         """Draw ``candidates`` pictures for each text, seed and weight of three lists, and keep the best of each.
 
-        The best is the one that the CLIPs find nearest to its text.
+        The best is the one that the CLIPs find nearest to its text. A request without a text has one candidate.
 
         Returns:
             (B, C, H, W) in [-1, 1], and for each the number of steps that were computed again in float32.
         """
-        image, retries = self.sample(text, seed, guidance_weight, progress, watch)
-        if self.config.candidates > 1 and self._in_any_process(any(text)):
-            if not self.models.names:
-                raise InputError("clip: got none, expected the name of a CLIP to choose among candidates by")
-            best = self.clip_similarity(image, text)
-            for number in range(1, self.config.candidates):
-                others, more = self.sample(text, [f"{each}/{number}" for each in seed], guidance_weight, progress)
-                for i, similarity in enumerate(self.clip_similarity(others, text)):
-                    best_so_far = best[i]
-                    if similarity is not None and best_so_far is not None and similarity > best_so_far:
-                        image[i], retries[i], best[i] = others[i], more[i], similarity
-        return image, retries
+        if self.config.candidates == 1 or not self._in_any_process(any(text)):
+            return self.sample(text, seed, guidance_weight, progress, watch)
+        if not self.models.names:
+            raise InputError("clip: got none, expected the name of a CLIP to choose among candidates by")
+        owners = [i for i, sentence in enumerate(text) for _ in range(self.config.candidates if sentence else 1)]
+        firsts = [owners.index(i) for i in range(len(text))]
+        names = [f"{seed[i]}/{at - firsts[i]}" if at > firsts[i] else seed[i] for at, i in enumerate(owners)]
+        groups = [slice(first, end) for first, end in zip(firsts, [*firsts[1:], len(owners)], strict=True)]
+        texts, weights = [text[i] for i in owners], [guidance_weight[i] for i in owners]
+
+        def watch_first(state: State) -> None:
+            if watch is not None:
+                watch(State(state.x[firsts], state.x0[firsts], state.step))
+
+        try:
+            image, retries = self.sample(texts, names, weights, progress, watch_first, groups)
+        except GuidanceError as error:
+            raise GuidanceError(owners[min(error.position, len(owners) - 1)], error.reason) from error
+        similarity = self.clip_similarity(image, texts)
+        best = [max(range(each.start, each.stop), key=lambda at: similarity[at] or 0.0) for each in groups]
+        return image[best], [retries[at] for at in best]
 
     @torch.enable_grad()
     def sample(
@@ -240,6 +263,7 @@ class Sampler:
         guidance_weight: Sequence[float],
         progress: bool = False,
         watch: Watch | None = None,
+        groups: Sequence[slice] = (),
     ) -> tuple[Tensor, list[int]]:
         """Draw one picture for each text, seed and weight of three lists; see :meth:`best_of_n`.
 
@@ -249,6 +273,7 @@ class Sampler:
             guidance_weight: of each picture; 0 leaves it unguided.
             progress: show a bar over the steps.
             watch: called after each step with x, x̂0 and the step; without the pictures that fill up the batch.
+            groups: where the candidates of one request lie, which are resampled.
         """
         count, training, dtype = len(seed), self.network.training, torch.get_default_dtype()
         fill = -count % self.config.batch_multiple
@@ -260,8 +285,17 @@ class Sampler:
         torch.set_default_dtype(torch.float32)  # Lightning sets another for half precision
         try:
             with self.averaged(), self._frozen():
-                denoise = self._guided_denoiser(texts, weights, noise)
-                states = walk(denoise, self.steps, self.make_update(), noise)
+                weight = torch.tensor(weights, device=self.device)
+                guided = self._in_any_process(any(weights))
+                objectives = self.models.objectives(self.method, texts, noise, self.device) if guided else None
+                denoise = self._guided_denoiser(objectives, weight)
+                update = self.make_update()
+                if groups and objectives is not None and self.adds_noise:
+                    followers = [each.follow for each in (denoise, update) if hasattr(each, "follow")]
+                    names = [seeds[group.start] for group in groups]
+                    log_potential = partial(self._log_potential, objectives, weight)
+                    update = Resampling(update, log_potential, groups, names, self.steps, followers)
+                states = walk(denoise, self.steps, update, noise)
                 for state in tqdm(states, total=len(self.steps), desc="steps", leave=False, disable=not progress):
                     image = state.x
                     if watch is not None:
@@ -275,16 +309,27 @@ class Sampler:
         size = self.architecture.image_size
         return Noise(seed, (self.architecture.unet.image_channels, size, size), self.device)
 
-    def _guided_denoiser(self, text: Sequence[str], guidance_weight: Sequence[float], noise: Noise) -> GuidedDenoiser:
-        """What denoises one picture for each text and weight."""
+    @torch.no_grad()
+    def _log_potential(self, objectives: Objectives, weight: Tensor, x: Tensor, pred: Prediction, step: Step) -> Tensor:
+        """(B,): w·L of x_s for a model that was trained on noisy pictures, else of x̂0 without guidance."""
+        objective = objectives.cosine if self.method.unit == "cosine" else objectives.log_likelihood
+        seen = x
+        if self.method.guided_by == "clip" and step.s >= 0:
+            seen = pred.x0 if pred.unguided_x0 is None else pred.unguided_x0
+        scores = objective(seen, replace(step, t=step.s, alpha_bar_t=step.alpha_bar_s))
+        broken = (weight != 0) & ~torch.isfinite(scores)
+        if broken.any():
+            raise GuidanceError(int(broken.nonzero()[0]), f"the objective is not finite at t={step.t}")
+        return torch.where(weight == 0, 0, weight * scores)
+
+    def _guided_denoiser(self, objectives: Objectives | None, weight: Tensor) -> GuidedDenoiser:
+        """What denoises one picture for each weight, (B,); without objectives, unguided."""
         denoise = NetworkDenoiser(self.network, self.architecture.parametrisation, self.var_type)
         guidances: list[Guidance] = []
-        weight = torch.tensor(guidance_weight, device=self.device)
         place = self.method.clamp if self.clip_denoised else "never"
         if self.clip_denoised:
             guidances.append(Clamp(None if place == "first" else weight == 0))
-        if self._in_any_process(any(guidance_weight)):
-            objectives = self.models.objectives(self.method, text, noise, self.device)
+        if objectives is not None:
             low, high = self._times
             for guidance in (RefuseFlat(weight), *self.method.guide(objectives, weight)):
                 guidances.append(GuidanceInterval(guidance, low, high))

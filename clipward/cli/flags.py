@@ -38,7 +38,7 @@ MODEL_FLAGS = {
     "method": Flag(
         "how a text guides: auto, contrastive, glide, mpgd, …; --help.all has all", "NAME", sets="sampling.method"
     ),
-    "candidates": Flag("draw each picture this often and keep the best match", "N", sets="sampling.candidates"),
+    "candidates": Flag("draw so many pictures for each text, and keep the best match", "N", sets="sampling.candidates"),
     "skip_steps": Flag("steps from noise to picture", "N", sets="sampling.skip_steps"),
     "skip_type": Flag(
         "how the steps are spread: uniform, uniform2, quad, trailing, karras or logsnr",

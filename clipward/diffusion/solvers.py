@@ -40,6 +40,10 @@ class Memory:
     def add(self, step: Step, x0: Tensor) -> None:
         self._seen = [*self._seen[-1:], Seen(step, x0)]
 
+    def follow(self, places: Tensor) -> None:
+        """Image i is from now on what image ``places[i]`` was."""
+        self._seen = [Seen(step, x0[places]) for step, x0 in self._seen]
+
 
 class DpmSolver:
     """DPM-Solver++(2M), or SDE-DPM-Solver++(2M), which adds noise (Lu et al. 2022, arXiv 2211.01095).
@@ -53,6 +57,7 @@ class DpmSolver:
     def __init__(self, noisy: bool = False) -> None:
         self.noisy = noisy
         self._memory = Memory()
+        self.follow = self._memory.follow
 
     def __call__(self, x: Tensor, pred: Prediction, step: Step, draw: Draw) -> Tensor:
         x0, before = _unguided(pred), self._memory.before(step)

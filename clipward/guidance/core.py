@@ -107,6 +107,10 @@ class GuidedDenoiser:
             raise GuidanceError(int(broken.nonzero()[0]), reason)
         return pred
 
+    def follow(self, places: Tensor) -> None:
+        """Image i is from now on what image ``places[i]`` was."""
+        self.retries = self.retries.to(places.device)[places]
+
     def _guided(self, x: Tensor, step: Step) -> Prediction:
         needs_graph = any(guidance.needs_graph(step) for guidance in self.guidances)
         x = x.detach().requires_grad_(needs_graph)
