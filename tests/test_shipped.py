@@ -40,7 +40,7 @@ FITTED = sorted({path.stem for path in (ROOT / "configs").glob("*.yaml")} - FRAG
 def test_each_config_fits_and_saves(name: str, tmp_path: Path, tiny_clip: Path) -> None:
     flags = ["--trainer.max_steps", "2", "--trainer.enable_progress_bar", "false", "--trainer.limit_val_batches", "1"]
     flags += ["--trainer.logger.init_args.save_dir", str(tmp_path / "runs"), "--data.batch_size", "4"]
-    if name.startswith("celebahq"):
+    if name.startswith("celeba"):
         for i in range(4):
             Image.effect_noise((80, 90), 60).convert("RGB").save(tmp_path / f"{i}.png")
         flags += ["--data.path", str(tmp_path if name != "celebahq_noisy_clip" else captioned(tmp_path))]
