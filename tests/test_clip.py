@@ -115,10 +115,18 @@ def test_a_file_of_weights_loads_under_its_architecture(tiny_clip: Path, tmp_pat
         Clip.load(f"tiny/{tmp_path / 'weights.pt'}")
 
 
-def test_openais_own_file_knows_its_architecture(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "vision",
+    [
+        {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+        {"image_size": 32, "layers": [1, 2, 1, 1], "width": 64},
+    ],
+    ids=["ViT", "ResNet"],
+)
+def test_openais_own_file_knows_its_architecture(tmp_path: Path, vision: dict) -> None:
     config = {
         "embed_dim": 32,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+        "vision_cfg": vision,
         "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1},
         "quick_gelu": True,
     }
@@ -136,8 +144,9 @@ def test_openais_own_file_knows_its_architecture(tmp_path: Path) -> None:
             return self.visual(image)
 
     image = torch.rand(1, 3, 32, 32)
-    torch.jit.trace(Archive(), image).save(tmp_path / "ViT.pt")
+    torch.jit.trace(Archive(), image, check_trace=False).save(tmp_path / "ViT.pt")
     clip = Clip.load(str(tmp_path / "ViT.pt"))
+    assert clip.config == config
     with torch.no_grad():
         torch.testing.assert_close(clip.model.encode_image(image), model.encode_image(image))
         tokens = clip.tokenizer(["a man"])

@@ -268,6 +268,10 @@ def test_pictures_are_compared_with_those_that_have_the_same_attributes_whatever
     red_women = (labels == torch.tensor([0, 1])).all(dim=1).sum()
     assert women == red_women  # all there are
     assert Reference(reference.features[:6], labels[:6], vocabulary).matching_attributes(made) is None  # too few to fit
+    partly = labels.clone()
+    partly[::3, 1] = -1  # a label that is not known is what the probes see
+    matching = Reference(reference.features, partly, vocabulary).matching_attributes(made)
+    torch.testing.assert_close(matching, reference.matching_attributes(made))
     assert unlabelled(reference.features).matching_attributes(made) is None
 
 

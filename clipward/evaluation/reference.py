@@ -20,7 +20,7 @@ class Reference:
 
     Args:
         features: (N, C).
-        labels: (N, attributes), for each attribute of the vocabulary the place of its value.
+        labels: (N, attributes), for each attribute of the vocabulary the place of its value; −1 where it is not known.
         vocabulary: the attributes, their values and the words that name them.
     """
 
@@ -61,7 +61,8 @@ class Reference:
     def matching_attributes(self, features: Tensor) -> Tensor | None:
         """(M, C): pictures with the same attributes as (N, C) generated ones, in the same proportions.
 
-        Linear probes predict the attributes of the generated pictures, whether a text names them or not.
+        Linear probes predict the attributes of the generated pictures, whether a text names them or not, and those of
+        the real ones that are not known.
 
         Returns:
             None where there are no labels, too few pictures to fit the probes, or fewer than two that match.
@@ -69,12 +70,13 @@ class Reference:
         if self.labels is None or self._probes is None:
             return None
         shown = [tuple(row) for row in predict_labels(self._probes, features).tolist()]
-        masks = {row: (self.labels == torch.tensor(row)).all(dim=1) for row in dict.fromkeys(shown)}
+        labels = torch.where(self.labels >= 0, self.labels, predict_labels(self._probes, self.features))
+        masks = {row: (labels == torch.tensor(row)).all(dim=1) for row in dict.fromkeys(shown)}
         return self._take_in_proportion(masks, shown)
 
     @cached_property
     def _probes(self) -> list[Tensor] | None:
-        if self.labels is None or len(self.labels) <= self.features.shape[1]:
+        if self.labels is None or (self.labels >= 0).sum(dim=0).min() <= self.features.shape[1]:
             return None
         return fit_probes(self.features, self.labels, [len(values) for values in self.vocabulary.values()])
 
@@ -100,7 +102,7 @@ def fit_probes(features: Tensor, labels: Tensor, values: Sequence[int]) -> list[
 
     Args:
         features: (N, C).
-        labels: (N, attributes).
+        labels: (N, attributes); a picture whose label is −1 has no part in that attribute's classifier.
         values: how many values each attribute has.
 
     Returns:
@@ -108,7 +110,7 @@ def fit_probes(features: Tensor, labels: Tensor, values: Sequence[int]) -> list[
     """
     padded = _append_one(features)
     return [
-        torch.linalg.lstsq(padded, F.one_hot(column, count).double()).solution
+        torch.linalg.lstsq(padded[column >= 0], F.one_hot(column[column >= 0], count).double()).solution
         for column, count in zip(labels.T, values, strict=True)
     ]
 

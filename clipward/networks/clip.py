@@ -75,9 +75,10 @@ class Clip:
         options: dict[str, Any] = {}
         try:
             if folder.is_file():
-                model, tokenizer = _from_openai(folder), open_clip.SimpleTokenizer()
-                preprocess_cfg = OPENAI_PREPROCESSING | {"size": model.visual.image_size}
-                return cls(model, tokenizer, preprocess_cfg, name)
+                model = _from_openai(folder)
+                config = _read_sizes(model)
+                preprocess_cfg = OPENAI_PREPROCESSING | {"size": config["vision_cfg"]["image_size"]}
+                return cls(model, open_clip.SimpleTokenizer(), preprocess_cfg, name, config)
             if folder.is_dir():
                 if not (folder / CONFIG_FILE).is_file():
                     raise InputError(f"clip: got {name}, a folder without {CONFIG_FILE}; expected an open_clip folder")
@@ -187,6 +188,22 @@ def _from_openai(file: Path) -> Any:
         )
     state = read_torchscript(file, "clip")
     return build_model_from_openai_state_dict(state, cast_dtype=torch.float32)
+
+
+def _read_sizes(model: Any) -> dict[str, Any]:
+    """The ``model_cfg`` of a model of OpenAI's: by it a folder of the same sizes can be saved."""
+    visual, size = model.visual, model.visual.image_size
+    vision: dict[str, Any] = {"image_size": size if isinstance(size, int) else size[0]}
+    if hasattr(visual, "transformer"):
+        vision |= {"layers": len(visual.transformer.resblocks), "patch_size": visual.conv1.kernel_size[0]}
+        vision |= {"width": visual.conv1.out_channels}
+    else:
+        stages = (visual.layer1, visual.layer2, visual.layer3, visual.layer4)
+        vision |= {"layers": [len(stage) for stage in stages], "width": visual.layer1[0].conv1.out_channels}
+    blocks = model.transformer.resblocks
+    text = {"context_length": model.context_length, "vocab_size": model.vocab_size, "layers": len(blocks)}
+    text |= {"width": model.ln_final.weight.shape[0], "heads": blocks[0].attn.num_heads}
+    return {"embed_dim": model.text_projection.shape[1], "vision_cfg": vision, "text_cfg": text, "quick_gelu": True}
 
 
 def preprocess(image: Tensor, config: dict[str, Any]) -> Tensor:
