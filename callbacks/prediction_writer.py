@@ -15,9 +15,10 @@ from PIL import Image
 from clipward.callbacks.figure import Cell, draw_figure
 from clipward.callbacks.gallery import CONFIG_FILE, GRID, LOCK, Gallery, Output, is_hidden_of_ours, save_png, to_line
 from clipward.callbacks.signals import StopSignals
-from clipward.errors import InputError, first_line, shorten
+from clipward.errors import InputError, shorten
 from clipward.files import FolderLock, atomic_write, check_writable
 from clipward.sampler import HasSampler, to_picture
+from clipward.yaml_files import read_yaml
 
 PACKAGES = ("clipward", "torch", "lightning", "open_clip_torch")
 HASHES = ("weights_hash", "clip_hash", "noisy_clip_hash", "classifier_hash")
@@ -258,10 +259,10 @@ def read_config(path: Path) -> str:
         InputError: where it is none.
     """
     try:
+        content = read_yaml(path, "save_dir")
         text = path.read_text(encoding="utf-8")
-        content = yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"save_dir: {path} can't be read ({first_line(error)}); use another folder") from error
+    except (InputError, OSError, ValueError) as error:
+        raise InputError(f"{error}; use another folder") from error
     if content is not None and not isinstance(content, dict):
         raise InputError(f"save_dir: {path} is {shorten(content)}, not a command; use another folder")
     return text

@@ -10,12 +10,13 @@ import shutil
 import stat
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -29,6 +30,26 @@ def locate(name: str | Path) -> Path:
     """The path that a name stands for: ``clipward:NAME`` is NAME below the checkpoints that ship."""
     text = str(name)
     return CHECKPOINTS / text.removeprefix(SHIPPED) if text.startswith(SHIPPED) else Path(name)
+
+
+def find_shipped(source: str | Path, folder: str, field: str, expected: str = "a YAML file") -> Path:
+    """The file that ``source`` names: its path, or the name of a YAML file that ships in ``configs/FOLDER``.
+
+    Args:
+        source: such as ``faces``.
+        folder: below the configs, such as ``contrasts``.
+        field: the setting that holds it, for errors.
+        expected: what the setting may be, for errors.
+
+    Raises:
+        InputError: where there is no such file.
+    """
+    if os.path.isfile(source):
+        return Path(source)
+    known = {path.stem: path for path in sorted((CONFIGS / folder).glob("*.yaml"))}
+    if str(source) not in known:
+        raise InputError(f"{field}: got {shorten(source)}, expected {expected} or one of {', '.join(known)}")
+    return known[str(source)]
 
 
 @contextmanager
@@ -197,8 +218,8 @@ def to_storable(state: dict[str, Tensor], half: bool = False) -> dict[str, Tenso
     return {k: (v.half() if half else v).detach().contiguous().cpu() for k, v in state.items()}
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file of a folder of weights holds.
+def read_json(path: Path, field: str = "weights") -> Any:
+    """What a JSON file holds that ``field`` names, or that is in a folder which it names.
 
     Raises:
         InputError: where it can't be read.
@@ -206,7 +227,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"weights: {shorten(path)} can't be read as JSON ({first_line(error)})") from error
+        raise InputError(f"{field}: {shorten(path)} can't be read as JSON ({first_line(error)})") from error
 
 
 def check_archive(path: Path, field: str) -> None:
@@ -241,6 +262,29 @@ def read_safetensors(path: Path, field: str) -> tuple[dict[str, str], dict[str, 
             return file.metadata() or {}, {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise InputError(f"{field}: {shorten(path)} is damaged or no safetensors file ({first_line(error)})") from error
+
+
+def check_state(network: Mapping[str, Tensor], state: Mapping[str, Tensor], field: str) -> None:
+    """Check that a file's tensors are those of a network, before the network takes memory.
+
+    Args:
+        network: its own tensors, which may be on the meta device.
+        state: the file's.
+        field: the setting that names the file, for errors.
+
+    Raises:
+        InputError: on the first key that is missing, extra, of another shape, or not finite.
+    """
+    for name in sorted({*network, *state}):
+        if name not in state:
+            raise InputError(f"{field}: got no key {name!r}, expected one of shape {tuple(network[name].shape)}")
+        if name not in network:
+            raise InputError(f"{field}: got the key {shorten(name)}, expected no such key for this network")
+        if network[name].shape != state[name].shape:
+            given, wanted = shorten(tuple(state[name].shape)), shorten(tuple(network[name].shape))
+            raise InputError(f"{field}: got the key {name!r} of shape {given}, expected {wanted}")
+        if state[name].is_floating_point() and not torch.isfinite(state[name]).all():
+            raise InputError(f"{field}: got the key {name!r} with values that are not finite, expected finite numbers")
 
 
 def state_hash(state: dict[str, Tensor]) -> str:

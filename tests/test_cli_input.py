@@ -263,6 +263,8 @@ def test_other_modules_keep_their_names() -> None:
             "skip_type: got 'log', expected one of uniform, uniform2, quad, trailing, karras, logsnr",
         ),
         ("predict --seed_everything -1", "seed_everything: -1 is not in bounds, numpy accepts from 0 to 4294967295"),
+        ("predict --save_dir null", "save_dir: got null, expected a folder"),
+        ("test --text x --save_dir=null", "save_dir: got null, expected a folder"),
         ("predict --output zip", "output: got 'zip', expected one of files, webdataset, parquet"),
         ("predict --model.network.image_size x", "model.network.image_size: got 'x', expected a whole number"),
         ("predict --model.sampling.interval 0.2", "model.sampling.interval: got '0.2', expected a list"),
@@ -331,11 +333,62 @@ def test_a_mistake_in_a_config_is_named_in_one_line(text: str, message: str, tmp
     assert error_of("predict", "-c", "faces", "-c", path).replace(path, "FILE") == message
 
 
-def test_texts_that_look_like_yaml_are_texts(capsys: pytest.CaptureFixture) -> None:
-    texts = ["{a: 1, a: 2}", "a: b: c", "[1, 2", "&a [*a]", "3", "null"]
+TEXTS = [
+    "{a: 1, a: 2}",
+    "a: b: c",
+    "a: b",
+    "[1, 2",
+    "[x]",
+    "&a [*a]",
+    "3",
+    "1e3",
+    "true",
+    "null",
+    "~",
+    "2020-01-01",
+    "- a",
+]
+
+
+def printed(capsys: pytest.CaptureFixture, *args: str) -> dict:
     with exits():
-        main(["predict", "--text", *texts, "--print_config"])
-    assert yaml.safe_load(capsys.readouterr().out)["text"] == texts
+        main([*args, "--print_config"])
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_texts_that_look_like_yaml_are_texts(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with exits():
+        main(["predict", "--text", *TEXTS, "--print_config"])
+    as_config = write(tmp_path, capsys.readouterr().out)
+    assert yaml.safe_load(Path(as_config).read_text())["text"] == TEXTS
+    assert printed(capsys, "predict", "-c", as_config)["text"] == TEXTS
+
+
+@pytest.mark.parametrize("text", ["a: b", "[x]", "1e3", "true", "{a: 1}", "- a", "None", "a #b", "a: b\nc: d", " "])
+def test_a_text_inside_of_a_group_of_settings_stays_a_text(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    with exits():
+        main(["predict", "--model.guidance.neutral", text, f"--model.init_args.weights={text}", "--print_config"])
+    as_config = capsys.readouterr().out
+    again = printed(capsys, "predict", "-c", write(tmp_path, as_config))
+    for config in (yaml.safe_load(as_config), again):
+        arguments = config["model"]["init_args"]
+        assert (arguments["guidance"]["neutral"], arguments["weights"]) == (text, text)
+
+
+def test_lists_and_numbers_inside_of_a_group_of_settings_are_read(capsys: pytest.CaptureFixture) -> None:
+    flags = {"network.unet.channels": "[8, 16]", "guidance.contrasts": "[[a, b]]", "sampling": "{skip_steps: 3}"}
+    flags |= {"use_ema": "false", "optim.ema_decay": "5e-1"}
+    given = [each for name, value in flags.items() for each in (f"--model.{name}", value)]
+    arguments = printed(capsys, "predict", *given)["model"]["init_args"]
+    assert arguments["network"]["unet"]["channels"] == [8, 16]
+    assert arguments["sampling"]["skip_steps"] == 3
+    assert (arguments["use_ema"], arguments["optim"]["ema_decay"]) == (False, 0.5)
+
+
+def test_numbers_below_zero_may_have_an_exponent(capsys: pytest.CaptureFixture) -> None:
+    assert printed(capsys, "predict", "--guidance_weight", "-1e3", "-2", "-.5")["guidance_weight"] == [-1000, -2, -0.5]
 
 
 def test_null_takes_a_setting_away_at_any_depth(capsys: pytest.CaptureFixture) -> None:

@@ -37,7 +37,6 @@ from clipward.cli.messages import first_process
 from clipward.cli.own_samples import draw_own_samples
 from clipward.cli.parser import OneLineParser
 from clipward.cli.settings import prepare, shipped
-from clipward.cli.yaml_files import read_mapping
 from clipward.datamodules.celebahq import CelebAHQDataModule
 from clipward.datamodules.own_samples import OwnSamplesDataModule
 from clipward.datamodules.prompts import PromptDataModule
@@ -48,6 +47,7 @@ from clipward.guidance.core import GuidanceError
 from clipward.guidance.methods import METHODS
 from clipward.guidance.models import GuidanceConfig, choose_method
 from clipward.sampler import SamplingConfig
+from clipward.yaml_files import read_mapping
 
 MENDABLE = (InputError, GuidanceError, MisconfigurationException)  # errors that are a person's to mend
 OF_THE_DISK = {
@@ -143,8 +143,8 @@ class ClipwardCLI(LightningCLI):
     def _check_places(self, config: Any) -> None:
         """All that will be written can be, and is not there yet, before anything is drawn or trained."""
         if self.subcommand in ("predict", "test"):
-            if not config.save_dir:
-                raise InputError(f"save_dir: got {shorten(config.save_dir)}, expected a folder")
+            if config.save_dir in (None, "", "null"):
+                raise InputError(f"save_dir: got {config.save_dir or 'none'}, expected a folder")
             check_writable(Path(config.save_dir), "save_dir", folder=True)
         if self.subcommand != "fit":
             return

@@ -1,16 +1,54 @@
-"""jsonargparse, with errors of one line and without YAML that grows without end."""
+"""jsonargparse, with errors of one line, texts that stay texts, and without YAML that grows without end."""
 
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentParser, get_loader, set_loader
+from jsonargparse import ArgumentParser, get_loader, set_dumper, set_loader
 
 from clipward.cli.messages import one_line
-from clipward.cli.yaml_files import checked
 from clipward.errors import InputError
+from clipward.yaml_files import UnsafeYAML, check_yaml
 
-set_loader("yaml", checked(get_loader("yaml")), (yaml.YAMLError,))
+UNREAD = "\x00"  # before a value that is not to be read as YAML yet; no argument of a command line can hold it
+NESTED = re.compile(r"--(?:model|data)\.(?!help$|class_path$|dict_kwargs\.)[^=]+")
+NEGATIVE = re.compile(r"-(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|-(?:inf|nan)")
+
+read_yaml = get_loader("yaml")
+
+
+def load(text: str) -> Any:
+    """The value of a text in YAML, which a parser then holds to the type of its setting."""
+    if text.startswith(UNREAD):
+        raise UnsafeYAML("a value that is read later")
+    check_yaml(text)
+    return read_yaml(text)
+
+
+class TextDumper(yaml.SafeDumper):
+    """Puts quotes around a text that the parser would read as something else, such as 1e3, which YAML 1.1 would not."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    node = dumper.represent_str(text)
+    with suppress(yaml.YAMLError):
+        if "\n" not in text and read_yaml(text) != text:
+            node.style = "'"
+    return node
+
+
+TextDumper.add_representer(str, _represent_text)
+
+
+def dump(settings: Any) -> str:
+    """Settings as YAML that :func:`load` reads as the same."""
+    return yaml.dump(settings, Dumper=TextDumper, default_flow_style=False, allow_unicode=True, sort_keys=False)
+
+
+set_loader("yaml", load, (yaml.YAMLError,))
+set_dumper("yaml", dump)
 
 
 class OneLineParser(ArgumentParser):
@@ -18,15 +56,41 @@ class OneLineParser(ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"prog": "clipward", "allow_abbrev": False, **kwargs})
+        self._negative_number_matcher = re.compile(f"(?:{NEGATIVE.pattern})$")  # argparse's own knows no exponents
 
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Any:  # type: ignore[override]
-        """Parse; a parser inside of another is given what that has read already, where null has become None."""
-        if args is not None and not self.exit_on_error:
-            args = [f"{arg.removesuffix('None')}null" if arg.endswith("=None") else arg for arg in args]
+        """Parse; only the parser that knows the type of a setting inside of another reads its value."""
+        if args is not None:
+            args = keep_unread(args) if self.exit_on_error else [arg.replace(UNREAD, "", 1) for arg in args]
         return super().parse_args(args, *more, **options)
 
+    def parse_object(self, cfg_obj: Any, *more: Any, **options: Any) -> Any:  # type: ignore[override]
+        """Parse settings that are in a collection already; the one of a flag may still be unread."""
+        for name in list(cfg_obj.keys()):
+            if isinstance(cfg_obj[name], str):
+                cfg_obj[name] = cfg_obj[name].removeprefix(UNREAD)
+        return super().parse_object(cfg_obj, *more, **options)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        message = message.replace(UNREAD, "").replace(repr(UNREAD)[1:-1], "")
         if not self.exit_on_error:  # a parser inside of another, which goes on to say where
             super().error(message, ex)
         flags = [flag for action in self._actions for flag in action.option_strings]
         raise InputError(one_line(message, flags)) from ex
+
+
+def keep_unread(args: Sequence[str]) -> list[str]:
+    """Mark the values of flags such as ``--model.guidance.neutral``, which ``--model`` would read before it."""
+    marked: list[str] = []
+    follows = False
+    for arg in args:
+        name, equals, value = arg.partition("=")
+        is_nested = NESTED.fullmatch(name) is not None
+        if is_nested and equals:
+            marked.append(f"{name}={UNREAD}{value.removeprefix(UNREAD)}")
+        elif follows and not arg.startswith("--"):
+            marked.append(UNREAD + arg.removeprefix(UNREAD))
+        else:
+            marked.append(arg)
+        follows = is_nested and not equals
+    return marked

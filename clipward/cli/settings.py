@@ -6,8 +6,8 @@ from typing import Any
 
 from clipward.cli.flags import FLAGS
 from clipward.cli.renamed import Setting, find_renamed, flatten
-from clipward.cli.yaml_files import read_mapping
 from clipward.errors import InputError, shorten
+from clipward.yaml_files import read_mapping
 
 DEFAULT_CONFIG = "faces"
 DEFAULT_FLAGS: dict[str, list[str]] = {  # of a command without a config

@@ -3,12 +3,10 @@
 import re
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
-import yaml
-
-from clipward.errors import InputError, first_line
-from clipward.files import CONFIGS
+from clipward.errors import InputError, shorten
+from clipward.files import find_shipped
+from clipward.yaml_files import read_yaml
 
 
 def contrast_captions(text: str, phrases: Sequence[str]) -> list[str]:
@@ -41,22 +39,18 @@ def load_contrasts(source: str | Sequence[Sequence[str]]) -> list[list[str]]:
         InputError: where there is no such file, or a group has fewer than two phrases or one of them twice.
     """
     if isinstance(source, str):
-        path = Path(source)
-        if not path.is_file():
-            path = CONFIGS / "contrasts" / f"{source}.yaml"
-        if not path.is_file():
-            known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
-            raise InputError(f"contrasts: got {source!r}, expected groups of phrases, a YAML file or one of {known}")
-        try:
-            groups = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise InputError(f"contrasts: {path} can't be read ({first_line(error)})") from error
+        groups = read_yaml(
+            find_shipped(source, "contrasts", "contrasts", "groups of phrases, a YAML file"), "contrasts"
+        )
     else:
         groups = source
     if not isinstance(groups, Sequence) or isinstance(groups, str):
-        raise InputError("contrasts: expected a list of groups, such as [[old, young], [man, woman]]")
+        raise InputError(f"contrasts: got {shorten(groups)}, expected groups such as [[old, young], [man, woman]]")
     for group in groups:
-        phrases = [] if isinstance(group, str) or not isinstance(group, Sequence) else [str(each) for each in group]
-        if len({phrase.lower() for phrase in phrases if phrase.strip()}) < max(2, len(phrases)):
-            raise InputError(f"contrasts: got {group}, expected two or more different phrases that exclude each other")
-    return [[str(phrase) for phrase in group] for group in groups]
+        phrases = list(group) if isinstance(group, Sequence) and not isinstance(group, str) else []
+        texts = {each.strip().lower() for each in phrases if isinstance(each, str) and each.strip()}
+        if len(texts) < max(2, len(phrases)):
+            raise InputError(
+                f"contrasts: got {shorten(group)}, expected two or more different phrases that exclude each other"
+            )
+    return [list(group) for group in groups]

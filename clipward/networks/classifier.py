@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from clipward.errors import InputError
-from clipward.files import atomic_write, locate, read_safetensors
+from clipward.errors import InputError, first_line
+from clipward.files import atomic_write, check_state, locate, read_safetensors
 from clipward.networks.noise_level import NoiseConditionedConv, with_noise_level
 from clipward.networks.vocabulary import Vocabulary, find_attributes
 
@@ -82,6 +82,14 @@ def load_classifier(name: str | Path, role: str = "judge") -> Classifier:
     metadata, state = read_safetensors(path, role)
     if metadata.get("format") != FORMAT:
         raise InputError(f"{role}: {path} is no classifier; expected one that configs/faces_judge.yaml makes")
-    classifier = Classifier(**json.loads(metadata["classifier"]))
+    try:
+        header = json.loads(metadata["classifier"])
+        with torch.device("meta"):
+            check_state(Classifier(**header).state_dict(), state, role)
+    except InputError:
+        raise
+    except Exception as error:  # what a stranger's header may be is without end
+        raise InputError(f"{role}: {path} has a header of no classifier ({first_line(error)})") from error
+    classifier = Classifier(**header)
     classifier.load_state_dict(state)
     return classifier.eval().requires_grad_(False)

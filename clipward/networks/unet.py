@@ -13,6 +13,11 @@ from torch.utils.checkpoint import checkpoint
 from clipward.errors import InputError, shorten
 from clipward.networks.lean import Conv2d, norm_silu
 
+MOST = {  # of what a file may claim, far above any network that was ever made
+    **{"image_channels": 2**10, "out_channels": 2**11, "patch": 2**8, "num_res_blocks": 2**7},
+    **{"norm_groups": 2**16, "head_channels": 2**16, "channels": 2**16, "levels": 16},
+}
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -60,15 +65,23 @@ class UNetConfig:
     def __post_init__(self) -> None:
         for name in ("image_channels", "out_channels", "patch", "num_res_blocks", "norm_groups", "head_channels"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"unet.{name}: got {shorten(value)}, expected 1 or more")
+            if value is not None and not 1 <= value <= MOST[name]:
+                raise InputError(f"unet.{name}: got {shorten(value)}, expected 1 to {MOST[name]}")
+        if len(self.channels) > MOST["levels"] or max(self.channels, default=0) > MOST["channels"]:
+            raise InputError(
+                f"unet.channels: got {shorten(list(self.channels))}, expected at most {MOST['levels']} numbers up to "
+                f"{MOST['channels']}"
+            )
+        if any(level < 0 for level in self.attention_levels):
+            given = shorten(list(self.attention_levels))
+            raise InputError(f"unet.attention_levels: got {given}, expected levels from 0, the finest, on")
         if not self.channels or min(self.channels) < 1 or self.channels[0] < 4 or self.channels[0] % 2:
             given = shorten(list(self.channels))
             raise InputError(f"unet.channels: got {given}, expected numbers above 0, the first even and 4 or more")
         if not 0 <= self.dropout < 1:
             raise InputError(f"unet.dropout: got {shorten(self.dropout)}, expected 0 or more, below 1")
-        if self.norm_eps <= 0:
-            raise InputError(f"unet.norm_eps: got {shorten(self.norm_eps)}, expected a number above 0")
+        if not 0 < self.norm_eps < 1:
+            raise InputError(f"unet.norm_eps: got {shorten(self.norm_eps)}, expected a number above 0, below 1")
         if any(c % self.norm_groups for c in self.channels):
             raise InputError(
                 f"unet.channels: got {shorten(list(self.channels))}, expected multiples of norm_groups "

@@ -1,14 +1,11 @@
 """The words that name attributes, and the sentences that ask for them."""
 
-import json
 import re
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from clipward.errors import InputError
-from clipward.files import CONFIGS
+from clipward.files import find_shipped, read_json
+from clipward.yaml_files import read_yaml
 
 Vocabulary = dict[str, dict[str, list[str]]]  # {attribute: {value: [words that name it in a text]}}
 Prompts = dict[str, dict[str, str]]  # {attribute: {value: a sentence that is true of it}}
@@ -46,18 +43,14 @@ def load_vocabulary(source: str | Path, field: str = "vocabulary") -> tuple[Voca
     Raises:
         InputError: where there is no such file, or it holds something else.
     """
-    path = Path(source)
-    if not path.is_file():
-        path = CONFIGS / "vocabularies" / f"{source}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in path.parent.glob("*.yaml")))
-        raise InputError(f"{field}: got {str(source)!r}, expected a YAML file or one of {known}")
+    path = find_shipped(source, "vocabularies", field)
+    entries = read_json(path, field) if path.suffix == ".json" else read_yaml(path, field)
     try:
-        text = path.read_text(encoding="utf-8")
-        entries: dict[str, Any] = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
         prompts = {name: {v: str(e["prompt"]) for v, e in values.items()} for name, values in entries.items()}
-        vocabulary = {name: {v: list(e["words"]) for v, e in values.items()} for name, values in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        vocabulary = {
+            name: {v: [str(w) for w in e["words"]] for v, e in values.items()} for name, values in entries.items()
+        }
+    except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{field}: {path} can't be read ({type(error).__name__}); expected "
             '{"gender": {"man": {"prompt": "a man", "words": ["man", "boy"]}, …}, …}'

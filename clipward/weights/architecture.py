@@ -4,13 +4,17 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from clipward.diffusion.denoiser import Parametrisation, VarType
 from clipward.diffusion.schedule import Betas, Schedule, ScheduleName
 from clipward.errors import InputError, shorten
-from clipward.networks.unet import UNetConfig
+from clipward.files import check_state
+from clipward.networks.unet import UNet, UNetConfig
 from clipward.weights.fields import parse_dataclass
+
+MOST_PIXELS, MOST_TIMESTEPS = 2**14, 10**6  # a file may claim anything
 
 # fields that the first files did not have, whose defaults are what those files mean
 ADDED_LATER = {
@@ -49,11 +53,16 @@ class Architecture:
 
     def __post_init__(self) -> None:
         stride = self.unet.stride
-        if self.image_size < 1 or self.image_size % stride:
+        if not 1 <= self.image_size <= MOST_PIXELS or self.image_size % stride:
             given = shorten(self.image_size)
-            raise InputError(f"image_size: got {given}, expected a multiple of {shorten(stride)} for this U-Net")
-        if self.num_timesteps < 1:
-            raise InputError(f"num_timesteps: got {shorten(self.num_timesteps)}, expected 1 or more")
+            raise InputError(
+                f"image_size: got {given}, expected a multiple of {shorten(stride)} for this U-Net, up to {MOST_PIXELS}"
+            )
+        if not 1 <= self.num_timesteps <= MOST_TIMESTEPS:
+            given = shorten(self.num_timesteps)
+            raise InputError(f"num_timesteps: got {given}, expected 1 to {MOST_TIMESTEPS}")
+        if not all(0 < beta < 1 for beta in self.betas) or self.betas[0] > self.betas[1]:
+            raise InputError(f"betas: got {shorten(list(self.betas))}, expected two rising numbers between 0 and 1")
         if self.var_type is None:
             object.__setattr__(self, "var_type", "learned_range" if self.unet.learns_variance else "fixed_small")
 
@@ -91,19 +100,17 @@ class Weights:
     architecture: Architecture
     state: dict[str, Tensor]
 
+    def check(self) -> None:
+        """Raise :class:`InputError` where the parameters are not those of the architecture; this takes no memory."""
+        with torch.device("meta"):
+            network = UNet(self.architecture.unet)
+        check_state(network.state_dict(), self.state, "weights")
+
     def into(self, network: nn.Module) -> None:
         """Copy into ``network``.
 
         Raises:
-            InputError: on the first key that is missing, extra or of another shape.
+            InputError: on the first key that is missing, extra, of another shape, or not finite.
         """
-        own = network.state_dict()
-        for name in sorted({*own, *self.state}):
-            if name not in self.state:
-                raise InputError(f"weights: got no key {name!r}, expected one of shape {tuple(own[name].shape)}")
-            if name not in own:
-                raise InputError(f"weights: got the key {shorten(name)}, expected no such key for this network")
-            if own[name].shape != self.state[name].shape:
-                given, wanted = shorten(tuple(self.state[name].shape)), tuple(own[name].shape)
-                raise InputError(f"weights: got the key {name!r} of shape {given}, expected {wanted}")
+        check_state(network.state_dict(), self.state, "weights")
         network.load_state_dict(self.state)

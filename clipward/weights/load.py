@@ -72,7 +72,7 @@ def load_weights(source: str | Path, use_ema: bool = True, head_channels: int | 
     if path.suffix == ".safetensors" or _is_safetensors(path):
         metadata, state = read_safetensors(path, "weights")
         if metadata.get("format") == FORMAT:
-            return Weights(_parse_header(metadata), state)
+            return _checked(Weights(_parse_header(metadata), state))
         if metadata.get("format", "").startswith("clipward-"):
             raise InputError(f"weights: got a file of format {shorten(metadata['format'])}, expected {FORMAT}")
     else:
@@ -84,7 +84,7 @@ def load_weights(source: str | Path, use_ema: bool = True, head_channels: int | 
     if project is None:
         known = list_names(project.NAME for project in PROJECTS)
         raise InputError(f"weights: got the keys {list_names(state, 3)}, expected those of a network by {known}")
-    return project.from_state(state, path, head_channels)
+    return _checked(project.from_state(state, path, head_channels))
 
 
 def _find_file(source: str | Path) -> Path:
@@ -121,7 +121,7 @@ def _parse_header(metadata: dict[str, str]) -> Architecture:
         values = json.loads(metadata["architecture"])
     except KeyError as error:
         raise InputError("weights: got no architecture in the file's header, expected one as JSON") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         given = shorten(metadata["architecture"])
         raise InputError(f"weights: got {given} for architecture in the file's header, expected JSON") from error
     return Architecture.from_dict(values)
@@ -134,4 +134,9 @@ def _from_checkpoint(content: dict[str, Any], use_ema: bool) -> Weights:
     if not isinstance(state, dict):
         raise InputError(f"weights: got no {place} in the checkpoint, expected the parameters by name")
     state = {name.removeprefix("unet."): value for name, value in state.items() if name.startswith("unet.")}
-    return Weights(Architecture.from_dict(content["architecture"]), state)
+    return _checked(Weights(Architecture.from_dict(content["architecture"]), state))
+
+
+def _checked(weights: Weights) -> Weights:
+    weights.check()
+    return weights

@@ -1,6 +1,5 @@
 """YAML from a person: read without surprises, or refused in one line."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,33 +79,42 @@ def _add(collections: list[_Collection], size: int, value: str | None, line: int
     inner.keys.add(inner.key)
 
 
-def checked(load: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A loader that checks first."""
-
-    def check_and_load(text: str) -> Any:
-        check_yaml(text)
-        return load(text)
-
-    return check_and_load
+def load_yaml(text: str) -> Any:
+    """The value of YAML, once :func:`check_yaml` has passed it."""
+    check_yaml(text)
+    return yaml.load(text, Loader=Loader)
 
 
-def read_mapping(path: Path) -> dict[str, Any]:
-    """The keys and values of a YAML file.
+def read_yaml(path: Path, field: str) -> Any:
+    """The value of a YAML file, which may come from anyone.
+
+    Args:
+        path: of the file.
+        field: the setting that names it, for errors.
 
     Raises:
-        InputError: where it is no mapping, or YAML that :func:`check_yaml` refuses.
+        InputError: where it can't be read, or is YAML that :func:`check_yaml` refuses.
     """
     try:
         if path.stat().st_size > MAX_BYTES:
             raise UnsafeYAML(TOO_LARGE)
-        content = checked(lambda text: yaml.load(text, Loader=Loader))(path.read_text(encoding="utf-8"))
+        return load_yaml(path.read_text(encoding="utf-8"))
     except UnsafeYAML as error:
-        raise InputError(f"config: {path} has {error}") from error
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{field}: {path} has {error}") from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         mark = getattr(error, "problem_mark", None)
         reason = getattr(error, "problem", None) or error
         where = "" if mark is None else f" in line {mark.line + 1}"
-        raise InputError(f"config: {path} is no YAML ({reason}{where})") from error
+        raise InputError(f"{field}: {path} is no YAML ({reason}{where})") from error
+
+
+def read_mapping(path: Path, field: str = "config") -> dict[str, Any]:
+    """The keys and values of a YAML file.
+
+    Raises:
+        InputError: where it is no mapping, or :func:`read_yaml` refuses it.
+    """
+    content = read_yaml(path, field)
     if not isinstance(content, dict):
-        raise InputError(f"config: {path} has no settings, expected lines such as `skip_steps: 50`")
+        raise InputError(f"{field}: {path} has no settings, expected lines such as `skip_steps: 50`")
     return {str(key): value for key, value in content.items()}
