@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY_CLIP, tiny_faces, tiny_trainer
+from conftest import TINY_CLIP, metadata, randomise, tiny_faces, tiny_trainer
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from clipward.cli import main
 from clipward.errors import InputError
@@ -121,3 +122,37 @@ def test_fit_draws_the_samples_once_and_learns_from_them(
     assert not (tmp_path / "none").exists()
     with pytest.raises(SystemExit, match=r"save_dir: .*skip_steps"):
         fit("four", "--data.skip_steps", "3")
+
+
+@pytest.mark.slow
+def test_the_celebahq_config_draws_with_a_clip_distilled_for_it(tmp_path: Path) -> None:
+    """The published model but for its width, in diffusers' format: distil from its own samples, and draw."""
+    network = UNet2DModel(
+        sample_size=256,
+        block_out_channels=(32, 32, 64, 64, 64, 64),
+        layers_per_block=2,
+        down_block_types=("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4,
+        attention_head_dim=None,
+        norm_eps=1e-6,
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+    )
+    weights, out = tmp_path / "ddpm", tmp_path / "noisy_clip"
+    DDPMPipeline(randomise(network).eval(), DDPMScheduler(beta_end=0.02)).save_pretrained(weights)
+    config = {**TINY_CLIP, "vision_cfg": {**TINY_CLIP["vision_cfg"], "image_size": 224, "patch_size": 32}}
+    save_folder(tmp_path / "clip", new_model(config), config, {"size": 224, **OPENAI_PREPROCESSING})
+    models = ["--weights", str(weights), "--clip", str(tmp_path / "clip")]
+    data = ["--data.samples", "4", "--data.skip_steps", "2", "--data.batch_size", "2", "--data.val_count", "2"]
+    data += ["--data.samples_dir", str(tmp_path / "samples")]
+    trainer = ["max_steps=2", "logger=false", "callbacks=[]", "enable_progress_bar=false", "val_check_interval=1"]
+    flags = [f"--trainer.{setting}" for setting in (*trainer, "accelerator=cpu")]
+    main(["fit", "-c", "noisy_clip", *models, *data, "--model.save_dir", str(out), *flags])
+    request = ["--text", "an old man", "--n_samples", "1", "--unguided", "false", "--skip_steps", "2"]
+    request += ["--trainer.accelerator", "cpu"]
+    main(["predict", "-c", "celebahq", *models, "--noisy_clip", str(out), *request, "--save_dir", str(tmp_path / "a")])
+    main(["predict", "-c", "celebahq", *models, *request, "--save_dir", str(tmp_path / "b")])
+    (noisy,), (bare,) = metadata(tmp_path / "a"), metadata(tmp_path / "b")
+    assert (noisy["method"], bare["method"]) == ("contrastive", "contrastive_denoised")
+    assert ["old", "young"] in [sorted(group) for group in noisy["contrasts"]]
