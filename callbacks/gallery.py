@@ -22,15 +22,19 @@ SUFFIX = {"webdataset": "tar", "parquet": "parquet"}
 METADATA = "metadata.jsonl"
 CONFIG_FILE = "config.predict.yaml"
 GRID = "grid.png"
+PAGE = "gallery.html"
 LOCK = ".clipward.lock"
 PICTURES_PER_FOLDER = 10_000  # the first lie in the folder itself, the others in numbered ones within it
 STAGING = ".staged"
 MARK = "clipward"  # the text field of our PNGs
+PAGE_MARK = b"<!doctype html>\n<!-- clipward gallery -->\n"  # how our page begins
+# fields of metadata that differ from picture to picture
+PER_PICTURE = ("file_name", "index", "clip_similarity", "float32_retries", "shard")
 
 PNG_NAME = r"[0-9]{6,}\.png"
 SHARD_NAME = r"[0-9]{9,}\.(?:tar|parquet)"
 LINES_NAME = r"\.metadata\.[0-9]+\.jsonl"
-TEMPORARY = "|".join([PNG_NAME, SHARD_NAME, *map(re.escape, (METADATA, CONFIG_FILE, GRID))])
+TEMPORARY = "|".join([PNG_NAME, SHARD_NAME, *map(re.escape, (METADATA, CONFIG_FILE, GRID, PAGE))])
 HIDDEN = re.compile(rf"\.(?:{TEMPORARY})\.[0-9]+|{LINES_NAME}|{re.escape(LOCK)}")
 
 
@@ -169,6 +173,8 @@ class Gallery:
                 return name
         if os.path.lexists(self.path / GRID) and not read_mark(self.path / GRID):
             return GRID
+        if os.path.lexists(self.path / PAGE) and not is_page(self.path / PAGE):
+            return PAGE
         metadata = self.path / METADATA
         if os.path.lexists(metadata):
             if not metadata.is_file() or metadata.is_symlink():
@@ -267,7 +273,7 @@ class Gallery:
             (self.path / STAGING).rmdir()
 
     def clear(self) -> None:
-        """Remove all pictures that lines of metadata name, the lines, and the figure."""
+        """Remove all pictures that lines of metadata name, the lines, the figure and the page."""
         self._remove_leftovers()
         names = self.names()
         for name in names:
@@ -277,6 +283,8 @@ class Gallery:
                 (self.path / folder).rmdir()
         if read_mark(self.path / GRID):
             (self.path / GRID).unlink()
+        if is_page(self.path / PAGE):
+            (self.path / PAGE).unlink()
         for path in self._metadata():
             path.unlink()
 
@@ -355,6 +363,14 @@ def read_mark(path: Path) -> dict[str, Any]:
             else:
                 file.seek(length + 4, io.SEEK_CUR)
     return {}
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is a page that :mod:`clipward.callbacks.gallery_page` wrote, to judge by its first lines."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(PAGE_MARK)) == PAGE_MARK
 
 
 def to_line(row: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The callback of ``predict``: it writes the pictures, ``metadata.jsonl``, ``grid.png`` and the command's config."""
+"""The callback of ``predict``: it writes pictures, ``metadata.jsonl``, a figure, a page and the command's config."""
 
 import os
 from collections.abc import Iterator, Set, Sized
@@ -13,7 +13,19 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from PIL import Image
 
 from clipward.callbacks.figure import Cell, draw_figure
-from clipward.callbacks.gallery import CONFIG_FILE, GRID, LOCK, Gallery, Output, is_hidden_of_ours, save_png, to_line
+from clipward.callbacks.gallery import (
+    CONFIG_FILE,
+    GRID,
+    LOCK,
+    PAGE,
+    PER_PICTURE,
+    Gallery,
+    Output,
+    is_hidden_of_ours,
+    save_png,
+    to_line,
+)
+from clipward.callbacks.gallery_page import write_page
 from clipward.callbacks.signals import StopSignals
 from clipward.errors import InputError, shorten
 from clipward.files import FolderLock, atomic_write, check_writable
@@ -24,8 +36,6 @@ PACKAGES = ("clipward", "torch", "lightning", "open_clip_torch")
 HASHES = ("weights_hash", "clip_hash", "noisy_clip_hash", "classifier_hash")
 # settings that do not change the pictures
 WITHOUT_EFFECT = ("trainer", "data", "micro_batch", "save_dir", "overwrite", "shard_size", "seed_everything")
-# fields of metadata that differ from picture to picture
-PER_PICTURE = ("file_name", "index", "clip_similarity", "float32_retries", "shard")
 GRID_ROWS, GRID_COLUMNS = 16, 24
 
 
@@ -219,10 +229,14 @@ class PredictionWriter(BasePredictionWriter):
             self.gallery.pack_left(self.shard_size)
             self.gallery.merge()
             count, shown = self.draw_grid()
+            if count:
+                write_page(self.gallery)
         finally:
             self.lock.release()
         which = "all" if shown == count else "the first"
         print(f"{count} pictures in {self.save_dir}, {which} of them in {self.save_dir / GRID}")
+        if count:
+            print(f"open {self.save_dir / PAGE} in a browser to look through them")
 
     def _shown(self) -> Iterator[dict[str, Any]]:
         """Yield the rows of the first seeds, texts and weights, which the figure shows."""

@@ -154,6 +154,8 @@ def test_files_of_others_stay(tmp_path: Path, output: str) -> None:
         ("files", "000003.png", b"mine"),
         ("files", "000001.png", b""),
         ("files", "grid.png", b"mine"),
+        ("files", "gallery.html", b"<!doctype html>\n<html>"),
+        ("parquet", "gallery.html", b""),
         ("files", "metadata.jsonl", b"mine\n"),
         ("files", "metadata.jsonl", b'{"file_name": "holiday.png"}\n'),
         ("webdataset", "000000003.tar", b"mine"),
