@@ -58,6 +58,7 @@ class Model:
         seed: int = ...,
         progress: bool = ...,
         callback: Watch | None = ...,
+        negative_text: str | None = ...,
         return_tensors: Literal[False] = ...,
         **sampling: Any,
     ) -> list[Image.Image]: ...
@@ -72,6 +73,7 @@ class Model:
         seed: int = ...,
         progress: bool = ...,
         callback: Watch | None = ...,
+        negative_text: str | None = ...,
         return_tensors: Literal[True],
         **sampling: Any,
     ) -> Tensor: ...
@@ -85,18 +87,21 @@ class Model:
         seed: int = 0,
         progress: bool = False,
         callback: Watch | None = None,
+        negative_text: str | None = None,
         return_tensors: bool = False,
         **sampling: Any,
     ) -> list[Image.Image] | Tensor:
         """Draw pictures; the same seed, text and weight give the pixels of ``clipward predict``.
 
         Args:
-            text: one or more sentences; without any, the pictures are unguided.
+            text: one or more texts; without any, the pictures are unguided. A text may have several parts with weights,
+                such as ``"an old man:2 | a beard:-1"``; see :func:`clipward.texts.split_text`.
             guidance_weight: how strongly the text guides; 0 leaves pictures unguided. By default the method's own.
             n_samples: pictures for each text, from seed ``seed`` on.
             seed: the first seed. Pictures of one seed start from the same noise.
             progress: show a bar over the steps.
             callback: called after each step with a state of ``x``, ``x0`` (both (B, C, H, W)) and ``step``.
+            negative_text: what the pictures should not show, such as ``"a beard | glasses:2"``, for this call alone.
             return_tensors: return (N, C, H, W) in [-1, 1] in place of pictures.
             **sampling: settings of :class:`clipward.SamplingConfig` for this call alone, such as ``skip_steps=20``.
 
@@ -114,8 +119,11 @@ class Model:
         if unknown:
             known = ", ".join(field.name for field in fields(SamplingConfig))
             raise InputError(f"sampling: got {sorted(unknown)[0]}, expected one of {known}")
-        before = self.sampler.config
+        before, models = self.sampler.config, self.sampler.models
+        guidance = models.config
         self.sampler.config = replace(before, **sampling)
+        if negative_text is not None:
+            models.config = replace(guidance, negative_text=negative_text)
         try:
             self.sampler.check()
             weight = self.sampler.method.weight if guidance_weight is None else float(guidance_weight)
@@ -129,7 +137,7 @@ class Model:
                 for start in range(0, len(requests), MICRO_BATCH)
             ]
         finally:
-            self.sampler.config = before
+            self.sampler.config, models.config = before, guidance
         image = torch.cat(images)
         return image if return_tensors else [to_picture(each) for each in image]
 

@@ -23,6 +23,7 @@ from clipward.guidance.core import Clamp, Guidance, GuidanceError, GuidanceInter
 from clipward.guidance.methods import AUTO, METHODS, Method, MethodName
 from clipward.guidance.models import GuidanceModels, choose_method, fill_empty_texts
 from clipward.guidance.objectives import Objectives
+from clipward.guidance.weight_schedule import ScheduledGuidance, WeightSchedule
 from clipward.networks.unet import UNet
 from clipward.weights.architecture import Architecture
 
@@ -38,6 +39,8 @@ class SamplingConfig:
             CLIP, else ``contrastive_denoised``.
         repeats: how often each step is taken, with the noise put back in between; the method's own by default.
         interval: the shares of T between which a text guides, such as 0.2 0.8; the method's own by default.
+        weight_schedule: pairs of t/T (0 is the picture, 1 is noise) and the factor of the guidance weight there, such
+            as ``0.0:0.5 0.4:1 0.8:0``; linear in between.
         candidates: pictures to draw for each text, all at once. At five steps they are resampled by their weights,
             exp(w·L) of the guidance weight w and the objective L of the method (Feynman-Kac steering); where steps add
             no noise they are not. Of the last ones, the one that the CLIPs find nearest to its text is kept.
@@ -57,6 +60,7 @@ class SamplingConfig:
     method: MethodName = "auto"
     repeats: int | None = None
     interval: tuple[float, float] | None = None
+    weight_schedule: str | None = None
     candidates: int = 1
     skip_steps: int = 50
     skip_type: SkipType = "uniform"
@@ -74,6 +78,8 @@ class SamplingConfig:
                 raise InputError(f"sampling.{name}: got {value}, expected 1 or more")
         if self.interval is not None and not 0 <= self.interval[0] < self.interval[1] <= 1:
             raise InputError(f"sampling.interval: got {self.interval}, expected two rising numbers from 0 to 1")
+        if self.weight_schedule is not None:
+            WeightSchedule.parse(self.weight_schedule)
         if not 0 <= self.ddim_eta <= 1:
             raise InputError(f"ddim_eta: got {self.ddim_eta}, expected 0 to 1")
         if self.solver is not None and self.solver not in SOLVERS:
@@ -160,6 +166,11 @@ class Sampler:
         return self.config.interval or self.method.interval
 
     @property
+    def weight_schedule(self) -> WeightSchedule | None:
+        given = self.config.weight_schedule
+        return None if given is None else WeightSchedule.parse(given)
+
+    @property
     def _times(self) -> tuple[float, float]:
         """The t above which, and up to which, a text guides."""
         low, high = (share * len(self.schedule) for share in self.interval)
@@ -168,8 +179,14 @@ class Sampler:
     def check(self) -> None:
         """Raise :class:`InputError` where the settings do not fit the model."""
         low, high = self._times
-        if not any(low < step.t <= high for step in self.steps):
+        times = [step.t for step in self.steps if low < step.t <= high]
+        if not times:
             raise InputError(f"sampling.interval: no step lies in ({low:g}, {high:g}]; use a wider one")
+        schedule = self.weight_schedule
+        if schedule is not None and not any(schedule.factor(t / len(self.schedule)) for t in times):
+            raise InputError(
+                f"sampling.weight_schedule: got {self.config.weight_schedule!r}, which is 0 at all steps that guide"
+            )
         if self.var_type == "learned_range" and not self.architecture.unet.learns_variance:
             raise InputError("var_type: got learned_range, but the network has no variance; use fixed_small")
 
@@ -312,7 +329,7 @@ class Sampler:
     @torch.no_grad()
     def _log_potential(self, objectives: Objectives, weight: Tensor, x: Tensor, pred: Prediction, step: Step) -> Tensor:
         """(B,): w·L of x_s for a model that was trained on noisy pictures, else of x̂0 without guidance."""
-        objective = objectives.cosine if self.method.unit == "cosine" else objectives.log_likelihood
+        objective = objectives.weigh(objectives.cosine if self.method.unit == "cosine" else objectives.log_likelihood)
         seen = x
         if self.method.guided_by == "clip" and step.s >= 0:
             seen = pred.x0 if pred.unguided_x0 is None else pred.unguided_x0
@@ -331,7 +348,11 @@ class Sampler:
             guidances.append(Clamp(None if place == "first" else weight == 0))
         if objectives is not None:
             low, high = self._times
-            for guidance in (RefuseFlat(weight), *self.method.guide(objectives, weight)):
+            guide, schedule = partial(self.method.guidances, objectives), self.weight_schedule
+            guides = (
+                guide(weight) if schedule is None else [ScheduledGuidance(guide, weight, schedule, len(self.schedule))]
+            )
+            for guidance in (RefuseFlat(weight), *guides):
                 guidances.append(GuidanceInterval(guidance, low, high))
         if place == "last":
             guidances.append(Clamp(weight != 0))
@@ -382,6 +403,7 @@ class Sampler:
             "repeats": self.repeats,
             "candidates": config.candidates,
             "interval": list(self.interval),
+            **({} if config.weight_schedule is None else {"weight_schedule": config.weight_schedule}),
             "skip_type": config.skip_type,
             "sampler": config.solver or (f"ddim(eta={config.ddim_eta:g})" if config.ddim else "ddpm"),
             "var_type": self.var_type,

@@ -8,6 +8,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from clipward.errors import InputError, list_names, shorten
+from clipward.texts import split_text
 
 FIELDS = ("text", "seed", "guidance_weight")
 MOST_SEED = 2**63 - 1  # parquet has no larger whole numbers
@@ -21,7 +22,8 @@ class Request:
 
     Args:
         index: its number.
-        text: a sentence that guides; it may be empty where the weight is 0.
+        text: sentences that guide, as :func:`clipward.texts.split_text` reads them; it may be empty where the weight
+            is 0.
         seed: from 0 to 2**63 − 1.
         guidance_weight: a finite number; 0 is unguided.
 
@@ -51,13 +53,15 @@ def check_text(value: Any) -> str:
     """A text that any file can hold.
 
     Raises:
-        InputError: for what is no text, or has control characters, a byte order mark or half a character (a surrogate).
+        InputError: for what is no text, or has control characters, a byte order mark or half a character (a surrogate),
+            and for parts and weights that can't be read.
     """
     if not isinstance(value, str):
         raise InputError(f"text: got {shorten(value)}, expected a sentence")
     found = FAULTY.search(value)
     if found:
         raise InputError(f"text: got {shorten(value)}, expected one without the character U+{ord(found.group()):04X}")
+    split_text(value)
     return str(value)
 
 

@@ -13,8 +13,10 @@ import yaml
 from clipward.datamodules.faces import FacesDataModule
 from clipward.guidance.models import GuidanceConfig
 from clipward.lightning_modules.ddpm import DDPMModule, TrainingConfig
-from clipward.networks.clip import OPENAI_PREPROCESSING, new_model, save_folder
+from clipward.networks.classifier import Classifier, save_classifier
+from clipward.networks.clip import OPENAI_PREPROCESSING, make_noise_aware, new_model, save_folder
 from clipward.networks.unet import UNet, UNetConfig
+from clipward.networks.vocabulary import load_vocabulary
 from clipward.sampler import SamplingConfig
 from clipward.weights.architecture import Architecture, Weights
 from clipward.weights.load import save_weights
@@ -56,6 +58,24 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     save_folder(folder, new_model(TINY_CLIP), TINY_CLIP, {"size": 16, **OPENAI_PREPROCESSING})
     return folder
+
+
+@pytest.fixture(scope="session")
+def noisy_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("noisy_clip")
+    torch.manual_seed(0)
+    model = new_model(TINY_CLIP)
+    randomise(make_noise_aware(model))
+    save_folder(folder, model, TINY_CLIP, {"size": 16, **OPENAI_PREPROCESSING})
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("classifier") / "classifier.safetensors"
+    torch.manual_seed(0)
+    save_classifier(path, Classifier(load_vocabulary("faces")[0], 8, noise_aware=True))
+    return str(path)
 
 
 def tiny_module(**kwargs) -> DDPMModule:

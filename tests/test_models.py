@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_CLIP, randomise, tiny_module, tiny_trainer
+from conftest import tiny_module, tiny_trainer
 
 from clipward.datamodules.prompts import PromptDataModule
 from clipward.errors import InputError
@@ -10,30 +10,7 @@ from clipward.guidance.contrasts import contrast_captions, load_contrasts
 from clipward.guidance.methods import METHODS
 from clipward.guidance.objectives import ContrastiveLogLikelihood
 from clipward.lightning_modules.ddpm import DDPMModule
-from clipward.networks.classifier import Classifier, save_classifier
-from clipward.networks.clip import OPENAI_PREPROCESSING, make_noise_aware, new_model, save_folder
-from clipward.networks.vocabulary import load_vocabulary
 from clipward.sampler import Sampler, SamplingConfig
-
-VOCABULARY = load_vocabulary("faces")[0]
-
-
-@pytest.fixture(scope="session")
-def noisy_clip(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("noisy_clip")
-    torch.manual_seed(0)
-    model = new_model(TINY_CLIP)
-    randomise(make_noise_aware(model))
-    save_folder(folder, model, TINY_CLIP, {"size": 16, **OPENAI_PREPROCESSING})
-    return str(folder)
-
-
-@pytest.fixture(scope="session")
-def classifier(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("classifier") / "classifier.safetensors"
-    torch.manual_seed(0)
-    save_classifier(path, Classifier(VOCABULARY, 8, noise_aware=True))
-    return str(path)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -440,7 +440,8 @@ def test_any_bytes_are_requests_or_a_line(place: Path, content: bytes, suffix: s
         check_line(error)
 
 
-SENTENCE = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="\ufeff"), min_size=1)
+# without what the grammar of a text refuses: an empty part, and a weight of 0
+SENTENCE = st.text(st.characters(exclude_categories=["Cs", "Cc"], exclude_characters="\ufeff|:"), min_size=1)
 ROW = st.fixed_dictionaries(
     {
         "text": SENTENCE.filter(str.strip),

@@ -38,6 +38,12 @@ MODEL_FLAGS = {
     "method": Flag(
         "how a text guides: auto, contrastive, glide, mpgd, …; --help.all has all", "NAME", sets="sampling.method"
     ),
+    "negative_text": Flag("what no picture should show", "X", str, sets="guidance.negative_text"),
+    "weight_schedule": Flag(
+        "factors of the weight from noise (1) to picture (0): '0.0:0.5 0.4:1 0.8:0'",
+        "X",
+        sets="sampling.weight_schedule",
+    ),
     "candidates": Flag("draw so many pictures for each text, and keep the best match", "N", sets="sampling.candidates"),
     "skip_steps": Flag("steps from noise to picture", "N", sets="sampling.skip_steps"),
     "skip_type": Flag(
@@ -51,7 +57,12 @@ MODEL_FLAGS = {
     "var_type": Flag("DDPM's variance: fixed_small, fixed_large or learned_range", "NAME", sets="sampling.var_type"),
 }
 REQUEST_FLAGS = {
-    "text": Flag("sentences to draw; without any, pictures are unguided", "A B …", str, several=True),
+    "text": Flag(
+        "texts to draw, such as 'an old man:2 | a beard:-1'; without any, pictures are unguided",
+        "A B …",
+        str,
+        several=True,
+    ),
     "guidance_weight": Flag(
         "how strongly each text guides; by default as suits the method", "W …", float, several=True
     ),

@@ -127,9 +127,9 @@ COMMANDS = {
             "clipward predict --prompts texts.txt --output parquet --save_dir out/set",
         ),
         {
-            "What to draw": own("text", "prompts", "n_samples", "seed", "unguided"),
+            "What to draw": own("text", "negative_text", "prompts", "n_samples", "seed", "unguided"),
             "How to guide": {
-                **own("method", "guidance_weight"),
+                **own("method", "guidance_weight", "weight_schedule"),
                 **CONTRASTS,
                 **own("clip", "noisy_clip", "candidates"),
             },

@@ -13,8 +13,9 @@ from clipward.evaluation.features import Inception
 from clipward.evaluation.judgements import Judgement
 from clipward.files import locate
 from clipward.networks.classifier import Classifier, load_classifier
-from clipward.networks.clip import CONFIG_FILE, Clip
-from clipward.networks.vocabulary import Prompts, Vocabulary, check_attributes, find_attributes, load_vocabulary
+from clipward.networks.clip import CONFIG_FILE, Clip, text_cosines
+from clipward.networks.vocabulary import Prompts, Vocabulary, check_attributes, find_allowed, load_vocabulary
+from clipward.texts import split_text
 
 JUDGE_FILE = "judge.json"  # in a CLIP's folder: {attribute: {value: {"prompt": a sentence, "words": [that name it]}}}
 
@@ -160,7 +161,7 @@ class Judges:
         features = self.features(image).cpu()
         guiding = models.cosines(image, self.texts) if models.names else None
         clip = self.clip
-        held_out = None if clip is None else clip.encode_image(image) @ clip.encode_text(self.texts).T
+        held_out = None if clip is None else text_cosines(clip, image, [split_text(text) for text in self.texts])
         judgements = []
         for i in (i for i, valid in enumerate(requests["valid"]) if valid):
             for text in [requests["text"][i]] if requests["text"][i] else self.texts:
@@ -192,5 +193,8 @@ def predict_attributes(judge: Judge, image: Tensor) -> list[dict[str, str]]:
 
 
 def check_prompt(vocabulary: Vocabulary, predicted: Mapping[str, str], text: str) -> dict[str, bool]:
-    """Whether a judge predicted what a text names, for each attribute: ``{"gender": True, "hair": False}``."""
-    return {name: predicted[name] == value for name, value in find_attributes(vocabulary, text).items()}
+    """Whether a judge predicted what a text names, for each attribute: ``{"gender": True, "hair": False}``.
+
+    Of what a negative part names, anything else is right.
+    """
+    return {name: predicted[name] in values for name, values in find_allowed(vocabulary, text).items()}

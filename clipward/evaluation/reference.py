@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipward.evaluation.judges import Judges
-from clipward.networks.vocabulary import Vocabulary, find_attributes
+from clipward.networks.vocabulary import Vocabulary, find_allowed
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +54,7 @@ class Reference:
         """
         if self.labels is None:
             return self.features
-        masks = {text: self._find(find_attributes(self.vocabulary, text), self.labels) for text in dict.fromkeys(texts)}
+        masks = {text: self._find(find_allowed(self.vocabulary, text), self.labels) for text in dict.fromkeys(texts)}
         found = self._take_in_proportion(masks, texts)
         return self.features if found is None else found
 
@@ -80,12 +80,12 @@ class Reference:
             return None
         return fit_probes(self.features, self.labels, [len(values) for values in self.vocabulary.values()])
 
-    def _find(self, attributes: Mapping[str, str], labels: Tensor) -> Tensor:
-        """(N,): whether each picture has all of the attributes."""
+    def _find(self, allowed: Mapping[str, set[str]], labels: Tensor) -> Tensor:
+        """(N,): whether each picture has one of the values of each attribute."""
         mask = torch.ones(len(labels), dtype=torch.bool)
-        for name, value in attributes.items():
-            column = list(self.vocabulary).index(name)
-            mask &= labels[:, column] == list(self.vocabulary[name]).index(value)
+        for name, values in allowed.items():
+            column, places = list(self.vocabulary).index(name), list(self.vocabulary[name])
+            mask &= torch.isin(labels[:, column], torch.tensor([places.index(value) for value in values]))
         return mask
 
     def _take_in_proportion(self, masks: Mapping[Any, Tensor], keys: Sequence[Hashable]) -> Tensor | None:

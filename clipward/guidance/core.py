@@ -19,8 +19,8 @@ without the fresh noise it guides about twice as hard as at η = 1. Over few ste
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class Objective(Protocol):
     """What a picture is scored by; guidance raises it."""
 
     def __call__(self, image: Tensor, step: Step) -> Tensor:
-        """image: (B, C, H, W) in [-1, 1]. Returns (B,), one number per image."""
+        """image: (B, C, H, W) in [-1, 1]. Returns (B,), one number per image, or (B, K) for K texts of each."""
 
 
 class PixelObjective(Objective, Protocol):
@@ -423,6 +423,37 @@ class Sum:
             x0=pred.x0 + sum(other.x0 - pred.x0 for other in moved),
             eps=pred.eps + sum(other.eps - pred.eps for other in moved),
         )
+
+
+class WeightedTexts:
+    """Σ_k w_k·L_k over the K texts of each image, so that its gradient is the weighted sum of theirs.
+
+    The weights are not normalised: one text of weight 2 is what twice the guidance weight is.
+
+    Args:
+        objective: gives (B, K); one that knows no text gives (B,) and is left as it is.
+        weights: (B, K), of which those of texts that an image doesn't have are 0.
+    """
+
+    def __init__(self, objective: Objective, weights: Tensor) -> None:
+        self.objective, self.weights = objective, weights
+
+    def __call__(self, image: Tensor, step: Step) -> Tensor:
+        scores = self.objective(image, step)
+        return scores if scores.ndim == 1 else (self.weights * scores).sum(dim=1)
+
+    def pixel_gradient(self, image: Tensor) -> Tensor:
+        objective: Any = self.objective
+        return objective.pixel_gradient(image, self.weights)
+
+
+def weigh_texts(guidance: Guidance, weights: Tensor) -> Guidance:
+    """A guidance that raises the weighted sum of its objective over the texts of each image, (B, K)."""
+    if isinstance(guidance, Sum):
+        return Sum([weigh_texts(each, weights) for each in guidance.guidances])
+    if isinstance(guidance, GradientGuidance | GradientAscent | SphericalGuidance):
+        return replace(guidance, objective=WeightedTexts(guidance.objective, weights))
+    return guidance
 
 
 def refuse_zero(g: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ from clipward.guidance.core import (
     shift_mean,
     shift_sample,
     shift_x0,
+    weigh_texts,
 )
 from clipward.guidance.objectives import (
     Cutouts,
@@ -72,6 +73,13 @@ class Method:
     contrast: bool = False
     clamp: Clamping = "first"
     interval: tuple[float, float] = (0.0, 1.0)
+
+    def guidances(self, objectives: Objectives, weight: Tensor) -> list[Guidance]:
+        """What changes a prediction: :attr:`guide`, where an image has several texts by their weighted sum."""
+        found = self.guide(objectives, weight)
+        if objectives.text_weights is None:
+            return found
+        return [weigh_texts(guidance, objectives.text_weights) for guidance in found]
 
 
 METHODS: dict[str, Method] = {}

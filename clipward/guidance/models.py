@@ -1,14 +1,14 @@
 """The models that guide: CLIPs, a noise-aware CLIP, a noise-aware classifier. Each is loaded when it is needed."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from clipward.errors import InputError
+from clipward.errors import InputError, shorten
 from clipward.files import state_hash
 from clipward.guidance.contrasts import load_contrasts
 from clipward.guidance.methods import AUTO, GuidedBy, Method
@@ -22,11 +22,13 @@ from clipward.guidance.objectives import (
     Objective,
     Objectives,
     Scaled,
+    SeveralTexts,
 )
 from clipward.networks.classifier import Classifier, load_classifier
-from clipward.networks.clip import Clip
+from clipward.networks.clip import Clip, text_cosines
 from clipward.networks.sharding import shard
 from clipward.networks.vocabulary import check_attributes
+from clipward.texts import Part, split_negative, split_text
 
 LARGE = 200_000_000  # parameters of an image tower that is worth sharding: ViT-L and larger
 
@@ -45,6 +47,8 @@ class GuidanceConfig:
             text with the captions that exchange one of its phrases for another of the group.
         neutral: a text that is true of any picture, such as ``a person``. ``contrastive`` compares with it too, so
             that words which are in no group guide as well. A text with neither guides by CLIP's logit.
+        negative_text: what no picture should show, such as ``a beard | glasses:2``; a part of every text, with the
+            weights' signs changed, as :func:`clipward.texts.split_text` reads them.
     """
 
     clip: str | list[str] | None = None
@@ -53,8 +57,10 @@ class GuidanceConfig:
     classifier: str | None = None
     contrasts: str | list[list[str]] | None = None
     neutral: str | None = None
+    negative_text: str | None = None
 
     def __post_init__(self) -> None:
+        split_negative(self.negative_text)
         weights, names = self.clip_weights, self.clips
         if weights is not None and (len(weights) != len(names) or not all(weight > 0 for weight in weights)):
             raise InputError(f"clip_weights: got {weights}, expected a number above 0 for each of {len(names)} CLIPs")
@@ -63,6 +69,11 @@ class GuidanceConfig:
     def clips(self) -> list[str]:
         """The names of the CLIPs, also of a single one."""
         return [self.clip] if isinstance(self.clip, str) else list(self.clip or [])
+
+    def split(self, text: str) -> list[Part]:
+        """The parts of a text and of the negative text; none of an empty text."""
+        parts = split_text(text)
+        return parts and parts + split_negative(self.negative_text)
 
 
 def choose_method(name: str, config: GuidanceConfig) -> str:
@@ -164,46 +175,79 @@ class GuidanceModels:
         """Check that the CLIPs of a method can read all texts and their contrast captions, before any is encoded.
 
         Raises:
-            InputError: where one is empty or too long; a classifier must know something that the text names.
+            InputError: where a part of one is empty or too long; a classifier must know something that each part names.
         """
+        for text in texts:
+            parts = self.config.split(text)
+            for number, part in enumerate(parts, start=1):
+                try:
+                    self._check_sentence(part.text, method)
+                except InputError as error:
+                    where = f"; it is part {number} of {shorten(text)}" if number <= len(split_text(text)) else ""
+                    where = where if len(parts) > 1 else ""
+                    raise InputError(f"{error}{where}") from error
+
+    def _check_sentence(self, text: str, method: Method) -> None:
         if method.guided_by == "classifier":
-            for text in texts:
-                check_attributes(self.classifier.vocabulary, text, "classifier")
+            check_attributes(self.classifier.vocabulary, text, "classifier")
             return
         clips = {clip.name: clip for clip in self.clips} if self.names else {}
         if method.guided_by == "noisy clip":
             clips[self.noisy_clip.name] = self.noisy_clip
         longest = max((len(phrase.encode()) for group in self.contrasts for phrase in group), default=0)
-        for text in texts:
-            for clip in clips.values():
-                clip.check_length(text)
-                if method.contrast and len(text.encode()) + longest + 4 > clip.context_length:
-                    ContrastiveLogLikelihood(clip, [text], self.contrasts, self.config.neutral)
+        for clip in clips.values():
+            clip.check_length(text)
+            if method.contrast and len(text.encode()) + longest + 4 > clip.context_length:
+                ContrastiveLogLikelihood(clip, [text], self.contrasts, self.config.neutral)
 
     def cosines(self, image: Tensor, text: Sequence[str]) -> Tensor:
-        """(B, T): the cosine of each picture and each text, averaged over the CLIPs."""
+        """(B, T): the cosine of each picture and each text, averaged over the CLIPs; see :func:`text_cosines`."""
+        texts = [self.config.split(each) for each in text]
         clips = [clip.to(image.device) for clip in self.clips]
-        found = [clip.encode_image(image) @ clip.encode_text(text).T for clip in clips]
+        found = [text_cosines(clip, image, texts) for clip in clips]
         weighted = [weight * each for weight, each in zip(self.weights, found, strict=True)]
         return torch.stack(weighted).sum(dim=0) / sum(self.weights)
 
     def objectives(self, method: Method, text: Sequence[str], noise: NamedNoise, device: torch.device) -> Objectives:
-        """What a method may raise for a batch: one text for each image."""
-        texts = fill_empty_texts(text)
+        """What a method may raise for a batch: one text for each image, of one or more parts."""
+        prompts = [self.config.split(each) for each in fill_empty_texts(text)]
+        count = max(map(len, prompts))
+        # an image with fewer texts than others has one of its own again, with the weight 0
+        padded = [parts + [replace(parts[0], weight=0.0)] * (count - len(parts)) for parts in prompts]
+        columns = [[parts[k].text for parts in padded] for k in range(count)]  # K lists of B texts
+        unwanted = [[parts[k].weight < 0 for parts in padded] for k in range(count)]
+        weights = torch.tensor([[part.weight for part in parts] for parts in padded], device=device)  # (B, K)
+        plain = count == 1 and bool((weights == 1).all())
+
+        def join(parts: list[Any]) -> Any:
+            return parts[0] if plain else SeveralTexts(parts)
+
+        text_weights = None if plain else weights
         if method.guided_by == "classifier":
-            return Objectives(ClassifierLogLikelihood(self.classifier.to(device), texts), noise)
+            classifier = self.classifier.to(device)
+            both = zip(columns, unwanted, strict=True)
+            log_p = join([ClassifierLogLikelihood(classifier, texts, below) for texts, below in both])
+            return Objectives(log_p, noise, text_weights=text_weights)
         noisy = method.guided_by == "noisy clip"
-        clips, weights = ([self.noisy_clip], [1.0]) if noisy else (self.clips, self.weights)
+        clips, clip_weights = ([self.noisy_clip], [1.0]) if noisy else (self.clips, self.weights)
         clips = [clip.to(device) for clip in clips]
-        cosine = Ensemble([ClipSimilarity(clip, texts, noisy) for clip in clips], weights)
+        cosines = [join([ClipSimilarity(clip, texts, noisy) for texts in columns]) for clip in clips]
+        cosine = Ensemble(cosines, clip_weights)
         log_likelihood: Objective = Scaled(cosine, cosine.logit_scale)
         if method.contrast:
+            groups, neutral = self.contrasts, self.config.neutral
             parts = [
-                ContrastiveLogLikelihood(clip, texts, self.contrasts, self.config.neutral, noisy) for clip in clips
+                join(
+                    [
+                        ContrastiveLogLikelihood(clip, texts, groups, neutral, noisy, below)
+                        for texts, below in zip(columns, unwanted, strict=True)
+                    ]
+                )
+                for clip in clips
             ]
-            log_likelihood = Ensemble(parts, weights)
-        distance = Ensemble([ClipDistance(clip, texts) for clip in clips], weights)
-        return Objectives(log_likelihood, noise, cosine, distance)
+            log_likelihood = Ensemble(parts, clip_weights)
+        distances = [join([ClipDistance(clip, texts) for texts in columns]) for clip in clips]
+        return Objectives(log_likelihood, noise, cosine, Ensemble(distances, clip_weights), text_weights)
 
     def provenance(self, method: Method) -> dict[str, Any]:
         """Names and hashes of what has a part in a picture; a model that is not loaded has no hash."""
@@ -218,6 +262,8 @@ class GuidanceModels:
         if method.guided_by == "classifier":
             row["classifier"] = self.config.classifier
             row["classifier_hash"] = None if self._classifier is None else state_hash(self._classifier.state_dict())
+        if self.config.negative_text:
+            row["negative_text"] = self.config.negative_text
         return row | ({"contrasts": self.contrasts, "neutral": self.config.neutral} if method.contrast else {})
 
     def _join(self, names: list[str]) -> str | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from clipward.diffusion.schedule import Step
 from clipward.errors import InputError
 from clipward.guidance.contrasts import contrast_captions
-from clipward.guidance.core import Objective
+from clipward.guidance.core import Objective, WeightedTexts
 from clipward.networks.classifier import Classifier
 from clipward.networks.clip import Clip, preprocess
 from clipward.networks.vocabulary import check_attributes
@@ -39,17 +39,27 @@ class ClipSimilarity:
         """What the cosine was multiplied by in training, so that it is a log-probability but for a constant."""
         return self.clip.model.logit_scale.exp().item()
 
+    def encode(self, image: Tensor, step: Step) -> Tensor:
+        """What all texts of an image are compared with: (B, D)."""
+        return self.clip.encode_image(image, step.alpha_bar_t if self.noisy else 1.0)
+
+    def score(self, features: Tensor) -> Tensor:
+        """(B,) of what :meth:`encode` returns."""
+        return (features * self.text_features).sum(dim=-1)
+
     def __call__(self, image: Tensor, step: Step) -> Tensor:
-        alpha_bar = step.alpha_bar_t if self.noisy else 1.0
-        return (self.clip.encode_image(image, alpha_bar) * self.text_features).sum(dim=-1)
+        return self.score(self.encode(image, step))
 
     def pixel_gradient(self, image: Tensor) -> Tensor:
         """∇ of the cosine at CLIP's own input (its size, its mean and std), resized to the picture: (B, C, H, W)."""
-        with torch.enable_grad():
-            pixels = preprocess(image.detach().float(), self.clip.preprocess).requires_grad_()
-            similarity = (self.clip.encode_pixels(pixels) * self.text_features).sum()
-            gradient = torch.autograd.grad(similarity, pixels)[0]
-        return F.interpolate(gradient, image.shape[-2:], mode="bilinear", antialias=True, align_corners=False)
+        return _pixel_gradient(self.clip, image, self.score)
+
+
+def _pixel_gradient(clip: Clip, image: Tensor, score: Callable[[Tensor], Tensor]) -> Tensor:
+    with torch.enable_grad():
+        pixels = preprocess(image.detach().float(), clip.preprocess).requires_grad_()
+        gradient = torch.autograd.grad(score(clip.encode_pixels(pixels)).sum(), pixels)[0]
+    return F.interpolate(gradient, image.shape[-2:], mode="bilinear", antialias=True, align_corners=False)
 
 
 class ClipDistance:
@@ -63,9 +73,41 @@ class ClipDistance:
     def __init__(self, clip: Clip, texts: Sequence[str]) -> None:
         self.clip, self.text_features = clip, clip.encode_text(texts, normalise=False)  # (B, D)
 
+    def encode(self, image: Tensor, step: Step) -> Tensor:
+        """As in :class:`ClipSimilarity`."""
+        return self.clip.encode_image(image, normalise=False)
+
+    def score(self, features: Tensor) -> Tensor:
+        """(B,) of what :meth:`encode` returns."""
+        return -(features - self.text_features).square().sum(dim=-1).clamp(min=1e-12).sqrt()
+
     def __call__(self, image: Tensor, step: Step) -> Tensor:
-        difference = self.clip.encode_image(image, normalise=False) - self.text_features
-        return -difference.square().sum(dim=-1).clamp(min=1e-12).sqrt()
+        return self.score(self.encode(image, step))
+
+
+class SeveralTexts:
+    """(B, K): an objective for each of K texts of an image, which is encoded once.
+
+    Args:
+        objectives: one for each place k, of the k-th text of each image.
+    """
+
+    def __init__(self, objectives: Sequence[Any]) -> None:
+        self.objectives = objectives
+
+    @property
+    def logit_scale(self) -> float:
+        return self.objectives[0].logit_scale
+
+    def score(self, features: Any) -> Tensor:
+        return torch.stack([objective.score(features) for objective in self.objectives], dim=1)
+
+    def __call__(self, image: Tensor, step: Step) -> Tensor:
+        return self.score(self.objectives[0].encode(image, step))
+
+    def pixel_gradient(self, image: Tensor, weights: Tensor) -> Tensor:
+        """As in :class:`ClipSimilarity`, of the sum with (B, K) weights."""
+        return _pixel_gradient(self.objectives[0].clip, image, lambda features: weights * self.score(features))
 
 
 class Ensemble:
@@ -88,9 +130,9 @@ class Ensemble:
     def logit_scale(self) -> float:
         return sum(share * objective.logit_scale for share, objective in zip(self.shares, self.objectives, strict=True))
 
-    def pixel_gradient(self, image: Tensor) -> Tensor:
+    def pixel_gradient(self, image: Tensor, *weights: Tensor) -> Tensor:
         return sum(
-            share * objective.pixel_gradient(image)
+            share * objective.pixel_gradient(image, *weights)
             for share, objective in zip(self.shares, self.objectives, strict=True)
         )
 
@@ -104,12 +146,19 @@ class Objectives:
         noise: for the name of a draw, (B, C, H, W) of standard normal noise that belongs to the images.
         similarity: the cosine between each picture and its text; a classifier has none.
         feature_distance: minus the distance between the features of each picture and its text; a classifier has none.
+        text_weights: (B, K) where images have several texts, or one whose weight is not 1. The objectives then give
+            (B, K), and their weighted sum guides.
     """
 
     log_likelihood: Objective
     noise: NamedNoise
     similarity: Ensemble | None = None
     feature_distance: Objective | None = None
+    text_weights: Tensor | None = None
+
+    def weigh(self, objective: Objective) -> Objective:
+        """The weighted sum of an objective over the texts of each image: (B,)."""
+        return objective if self.text_weights is None else WeightedTexts(objective, self.text_weights)
 
     @property
     def cosine(self) -> Ensemble:
@@ -257,6 +306,9 @@ class ContrastiveLogLikelihood:
         contrasts: groups of phrases that exclude each other; :func:`contrast_captions` makes captions of them.
         neutral: a text that is true of any picture; it is a group of its own.
         noisy: as in :class:`ClipSimilarity`.
+        unwanted: which texts have a negative weight. Such a text is scored by −log(1 − p), p its probability among
+            itself and the captions of all groups: with its weight, what rises is the probability of any other caption,
+            and the gradient fades once the picture doesn't show the text.
 
     Raises:
         InputError: where a contrast caption is too long for the CLIP.
@@ -269,6 +321,7 @@ class ContrastiveLogLikelihood:
         contrasts: Sequence[Sequence[str]],
         neutral: str | None = None,
         noisy: bool = False,
+        unwanted: Sequence[bool] | None = None,
     ) -> None:
         self.clip, self.noisy = clip, noisy
         self.own = clip.encode_text(texts)  # (B, D)
@@ -284,14 +337,25 @@ class ContrastiveLogLikelihood:
                     self.others[i, group, : len(captions)] = _encoded(clip, text, captions)
                     self.mask[i, group, : len(captions)] = 0
         self.alone = (self.mask == NONE).flatten(1).all(dim=1)
+        self.unwanted = torch.tensor(unwanted, device=self.own.device) if any(unwanted or []) else None
+
+    def encode(self, image: Tensor, step: Step) -> Tensor:
+        """As in :class:`ClipSimilarity`, times the logit scale."""
+        features = self.clip.encode_image(image, step.alpha_bar_t if self.noisy else 1.0)
+        return self.clip.model.logit_scale.exp() * features
 
     def __call__(self, image: Tensor, step: Step) -> Tensor:
-        features = self.clip.encode_image(image, step.alpha_bar_t if self.noisy else 1.0)
-        features = self.clip.model.logit_scale.exp() * features
+        return self.score(self.encode(image, step))
+
+    def score(self, features: Tensor) -> Tensor:
+        """(B,) of what :meth:`encode` returns."""
         own = (features * self.own).sum(dim=-1)  # (B,)
         ahead = (self.others @ features[:, None, :, None]).squeeze(-1) - own[:, None, None]  # (B, groups, captions)
         # not by log_softmax, whose gradient is rounded to 0 where a picture is 16 logits from its contrast captions
         answer = -F.softplus((ahead + self.mask).logsumexp(dim=2)).sum(dim=1)
+        if self.unwanted is not None:
+            shown = F.softplus(-(ahead + self.mask).flatten(1).logsumexp(dim=1))
+            answer = torch.where(self.unwanted, shown, answer)
         return torch.where(self.alone, own, answer)
 
 
@@ -303,28 +367,45 @@ def _encoded(clip: Clip, text: str, captions: Sequence[str]) -> Tensor:
 
 
 class ClassifierLogLikelihood:
-    """Σ log p(value | x_t) over the attributes that a text names, by a noise-aware classifier.
+    """log p(y | x_t), the sum of log p(value | x_t) over the attributes that a text names, by a noise-aware classifier.
 
     Args:
         classifier: what scores.
         texts: one per image of the batch.
+        unwanted: which texts have a negative weight; they are scored by −log(1 − p(y | x_t)), so that the gradient
+            fades once the picture doesn't show them.
 
     Raises:
         InputError: where it knows nothing of a text.
     """
 
-    def __init__(self, classifier: Classifier, texts: Sequence[str]) -> None:
-        self.classifier = classifier
+    def __init__(self, classifier: Classifier, texts: Sequence[str], unwanted: Sequence[bool] | None = None) -> None:
+        self.classifier, self.unwanted = classifier, list(unwanted or [False] * len(texts))
         for text in texts:
             check_attributes(classifier.vocabulary, text, "classifier")
         self.wanted = [classifier.find_attributes(text) for text in texts]
+        self.places = {name: list(values) for name, values in classifier.vocabulary.items()}
+
+    def encode(self, image: Tensor, step: Step) -> dict[str, Tensor]:
+        """log p of each value of each attribute, (B, values)."""
+        logits = self.classifier(image, step.alpha_bar_t)
+        return {name: values.log_softmax(dim=1) for name, values in logits.items()}
 
     def __call__(self, image: Tensor, step: Step) -> Tensor:
-        logits = self.classifier(image, step.alpha_bar_t)
-        log_p = {name: values.log_softmax(dim=1) for name, values in logits.items()}
-        places = {name: list(values) for name, values in self.classifier.vocabulary.items()}
-        sums = [
-            sum(log_p[name][i, places[name].index(value)] for name, value in wanted.items())
-            for i, wanted in enumerate(self.wanted)
-        ]
-        return torch.stack(sums)
+        return self.score(self.encode(image, step))
+
+    def score(self, log_p: dict[str, Tensor]) -> Tensor:
+        """(B,) of what :meth:`encode` returns."""
+        return torch.stack([self._score_one(log_p, i) for i in range(len(self.wanted))])
+
+    def _score_one(self, log_p: dict[str, Tensor], i: int) -> Tensor:
+        columns = [(log_p[name][i], self.places[name].index(value)) for name, value in self.wanted[i].items()]
+        if not self.unwanted[i]:
+            return sum((values[column] for values, column in columns), start=log_p[next(iter(log_p))].new_zeros(()))
+        # 1 − Π p_a = Σ_a (1 − p_a)·Π_{b<a} p_b, of which no term is a difference of numbers near 1
+        before, terms = columns[0][0].new_zeros(()), []
+        for values, column in columns:
+            others = torch.cat([values[:column], values[column + 1 :]])
+            terms.append(before + others.logsumexp(dim=0))
+            before = before + values[column]
+        return -torch.stack(terms).logsumexp(dim=0)

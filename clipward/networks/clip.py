@@ -15,6 +15,7 @@ from clipward.errors import InputError, first_line, shorten
 from clipward.files import atomic_write, locate, read_safetensors, state_hash
 from clipward.networks.noise_level import NoiseConditionedConv, with_noise_level
 from clipward.networks.torchscript import is_torchscript, read_torchscript
+from clipward.texts import Part
 
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
 LEVEL_FILE = "noise_level.safetensors"  # what makes it noise-aware
@@ -175,6 +176,22 @@ class Clip:
             recompute = self.checkpointing and torch.is_grad_enabled()
             features = checkpoint(encode, pixels, use_reentrant=False) if recompute else encode(pixels)
             return F.normalize(features.float(), dim=-1) if normalise else features.float()
+
+
+def text_cosines(clip: Clip, image: Tensor, texts: Sequence[Sequence[Part]]) -> Tensor:
+    """(B, T): the cosine of each picture, (B, C, H, W) in [-1, 1], and each text.
+
+    Of a text of several parts it is Σ w·cosine / Σ |w|.
+    """
+    sentences = list(dict.fromkeys(part.text for parts in texts for part in parts))
+    cosines = clip.encode_image(image) @ clip.encode_text(sentences).T  # (B, sentences)
+    if all(len(parts) == 1 and parts[0].weight == 1 for parts in texts):
+        return cosines[:, [sentences.index(parts[0].text) for parts in texts]]
+    weights = cosines.new_zeros(len(sentences), len(texts))
+    for column, parts in enumerate(texts):
+        for part in parts:
+            weights[sentences.index(part.text), column] += part.weight / sum(abs(each.weight) for each in parts)
+    return cosines @ weights
 
 
 def _from_openai(file: Path) -> Any:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from clipward.errors import InputError
 from clipward.files import find_shipped, read_json
+from clipward.texts import split_text
 from clipward.yaml_files import read_yaml
 
 Vocabulary = dict[str, dict[str, list[str]]]  # {attribute: {value: [words that name it in a text]}}
@@ -26,9 +27,19 @@ def find_attributes(vocabulary: Vocabulary, text: str) -> dict[str, str]:
     return found
 
 
+def find_allowed(vocabulary: Vocabulary, text: str) -> dict[str, set[str]]:
+    """The values that are right, for each attribute that a part of a text names: not those of a negative part."""
+    allowed: dict[str, set[str]] = {}
+    for part in split_text(text):
+        for attribute, value in find_attributes(vocabulary, part.text).items():
+            right = {value} if part.weight > 0 else vocabulary[attribute].keys() - {value}
+            allowed[attribute] = allowed.get(attribute, right) & right
+    return allowed
+
+
 def check_attributes(vocabulary: Vocabulary, text: str, role: str) -> None:
     """Raise :class:`InputError` where a text names nothing of the vocabulary."""
-    if not find_attributes(vocabulary, text):
+    if not find_allowed(vocabulary, text):
         known = ", ".join(vocabulary)
         raise InputError(f"text: the {role} finds nothing to look for in {text!r}; it knows of {known}")
 

@@ -1,0 +1,75 @@
+"""The grammar of a text: one or more parts, each with a weight, as in ``an old man:2 | a beard:-1``."""
+
+import math
+import re
+from dataclasses import dataclass
+
+from clipward.errors import InputError, shorten
+
+TOKEN = re.compile(r"\\[|:\\]|.", re.DOTALL)  # an escaped character, or any character
+NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A sentence, and how strongly it guides beside the others. A negative weight guides away from it."""
+
+    text: str
+    weight: float = 1.0
+
+
+def split_text(text: str) -> list[Part]:
+    r"""Split a text at each ``|`` into parts, and take the weight from the end of each.
+
+    A weight is a colon and a number, with no space between. A colon right after a digit has no weight behind it, so
+    ``ratio 3:2`` and ``at 12:30`` are taken whole; ``Blade Runner 2049 :2`` has the weight 2. ``\|``, ``\:`` and ``\\``
+    stand for the characters themselves. A part without a weight has the weight 1, and a text of one part without a
+    weight is taken as it is.
+
+    Returns:
+        the parts; none of an empty text.
+
+    Raises:
+        InputError: where one of several parts is empty, or a weight is 0 or too large.
+    """
+    if not text.strip():
+        return []
+    parts: list[list[str]] = [[]]
+    for token in TOKEN.findall(text):
+        if token == "|":
+            parts.append([])
+        else:
+            parts[-1].append(token)
+    return [_read(tokens, number, len(parts), text) for number, tokens in enumerate(parts, start=1)]
+
+
+def _read(tokens: list[str], number: int, count: int, text: str) -> Part:
+    sentence, weight = tokens, 1.0
+    colon = max((i for i, token in enumerate(tokens) if token == ":"), default=None)
+    if colon is not None:
+        tail, follows_digit = "".join(tokens[colon + 1 :]).rstrip(), colon > 0 and tokens[colon - 1] in "0123456789"
+        if NUMBER.fullmatch(tail) and not follows_digit:
+            sentence, weight = tokens[:colon], float(tail)
+    words = "".join(token[-1] for token in sentence)
+    where = shorten(text) if count == 1 else f"part {number} of {shorten(text)}"
+    if not words.strip():
+        raise InputError(rf"text: {where} is empty, expected a sentence; write \| and \: for the characters themselves")
+    if weight == 0 or not math.isfinite(weight):
+        raise InputError(f"text: {where} has the weight {weight:g}, expected another number than 0; leave it out for 0")
+    return Part(words if sentence is tokens and count == 1 else words.strip(), weight)
+
+
+def split_negative(text: str | None) -> list[Part]:
+    """The parts of a negative text, whose weights guide away.
+
+    Raises:
+        InputError: as :func:`split_text` does, and for a weight below 0.
+    """
+    try:
+        parts = split_text(text or "")
+    except InputError as error:
+        raise InputError(f"negative_{error}") from error
+    below = next((part for part in parts if part.weight < 0), None)
+    if below is not None:
+        raise InputError(f"negative_text: {shorten(below.text)} has the weight {below.weight:g}, expected one above 0")
+    return [Part(part.text, -part.weight) for part in parts]
