@@ -25,16 +25,18 @@ def draw_figure(pictures: dict[Cell, Image.Image], cell_size: int | None = None)
 
     Args:
         pictures: the picture of each cell; a cell without one stays white.
-        cell_size: width and height of a cell in pixels; by default the smallest multiple of the pictures' own that is
-            160 or more.
+        cell_size: the longer side of a cell in pixels; by default the smallest multiple of the pictures' own that is
+            160 or more. A picture with transparent parts is laid on white.
 
     Raises:
         ValueError: where there is no picture.
     """
     if not pictures:
         raise ValueError("pictures: got none, expected one or more")
-    size = max(picture.width for picture in pictures.values())
+    first = next(iter(pictures.values()))
+    size = max(first.size)
     cell_size = cell_size or size * max(1, -(-160 // size))
+    wide, high = (max(1, round(cell_size * side / size)) for side in first.size)
     seeds = list(dict.fromkeys(cell.seed for cell in pictures))
     columns = list(dict.fromkeys((cell.text, cell.guidance_weight) for cell in pictures))
     texts = list(dict.fromkeys(text for text, _ in columns))
@@ -44,15 +46,15 @@ def draw_figure(pictures: dict[Cell, Image.Image], cell_size: int | None = None)
         across = math.isqrt(down - 1) + 1
         down = -(-down // across)
 
-    pitch = cell_size + GAP
+    pitch, step = wide + GAP, high + GAP
     spans = {text: [i for i, column in enumerate(columns) if column[0] == text] for text in texts}
     if len(columns) == 1:
         spans = {texts[0]: list(range(across))}
-    big, small = _font(cell_size * 0.155), _font(cell_size * 0.125)
+    big, small = _font(wide * 0.155), _font(wide * 0.125)
     blocks = {text: _wrap(f"“{text}”", big, len(span) * pitch - 8) for text, span in spans.items() if text}
-    line = round(cell_size * 0.2)
-    top = line * max((len(rows) for rows in blocks.values()), default=0) + round(cell_size * 0.3)
-    canvas = Image.new("RGB", (across * pitch + GAP, top + down * pitch + GAP), "white")
+    line = round(wide * 0.2)
+    top = line * max((len(rows) for rows in blocks.values()), default=0) + round(wide * 0.3)
+    canvas = Image.new("RGB", (across * pitch + GAP, top + down * step + GAP), "white")
     draw = ImageDraw.Draw(canvas)
     for text, rows in blocks.items():
         middle = GAP + pitch * (spans[text][0] + spans[text][-1] + 1) / 2
@@ -61,17 +63,19 @@ def draw_figure(pictures: dict[Cell, Image.Image], cell_size: int | None = None)
     for i, (_, weight) in enumerate(columns):
         heading = f"weight {weight:g}" if weight else "unguided"
         middle = GAP + pitch * (across / 2 if len(columns) == 1 else i + 0.5)
-        draw.text((middle, top - cell_size * 0.12), heading, INK, small, anchor="mm")
+        draw.text((middle, top - wide * 0.12), heading, INK, small, anchor="mm")
 
     draw.rectangle((0, top, canvas.width, canvas.height), INK)
     cells = [Cell(seed, text, weight) for seed in seeds for text, weight in columns]
     for i in range(across * down):
-        left, upper = GAP + pitch * (i % across), top + GAP + pitch * (i // across)
+        left, upper = GAP + pitch * (i % across), top + GAP + step * (i // across)
         picture = pictures.get(cells[i]) if i < len(cells) else None
         if picture is None:
-            draw.rectangle((left, upper, left + cell_size - 1, upper + cell_size - 1), "white")
+            draw.rectangle((left, upper, left + wide - 1, upper + high - 1), "white")
         else:
-            canvas.paste(picture.resize((cell_size, cell_size), Image.Resampling.LANCZOS), (left, upper))
+            scaled = picture.resize((wide, high), Image.Resampling.LANCZOS)
+            canvas.paste("white", (left, upper, left + wide, upper + high))
+            canvas.paste(scaled, (left, upper), scaled if scaled.mode == "RGBA" else None)
     return canvas
 
 

@@ -203,7 +203,7 @@ class Gallery:
                     yield name, index
 
     def open(self, row: dict[str, Any]) -> Image.Image:
-        """Open the picture of one of :meth:`rows`.
+        """Open the picture of one of :meth:`rows`, in grey (L), RGB or RGBA.
 
         Raises:
             InputError: where it is damaged.
@@ -211,7 +211,8 @@ class Gallery:
         path = self.path / str(file_of(row))
         try:
             with Image.open(path if path.suffix == ".png" else self._member(path, row), formats=["PNG"]) as picture:
-                return picture.convert("RGB")
+                picture.load()
+                return picture.copy()
         except MemoryError:
             raise
         except Exception as error:  # the libraries raise many kinds

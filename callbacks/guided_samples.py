@@ -19,6 +19,7 @@ from clipward.evaluation.judges import Judges
 from clipward.evaluation.reference import Reference
 from clipward.evaluation.scores import Scores, summarise
 from clipward.guidance.methods import Method
+from clipward.networks.channels import check_shown
 from clipward.sampler import HasSampler, to_picture
 
 
@@ -69,6 +70,7 @@ class GuidedSamples(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: HasSampler) -> None:
         self._drawn_step = trainer.global_step
+        check_shown(pl_module.sampler.architecture.unet.image_channels)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: HasSampler, outputs: Any, batch: Any, batch_idx: int

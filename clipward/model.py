@@ -15,6 +15,7 @@ from clipward.diffusion.schedule import Schedule
 from clipward.errors import InputError
 from clipward.files import CHECKPOINTS, CONFIGS, SHIPPED
 from clipward.guidance.models import GuidanceConfig, GuidanceModels
+from clipward.networks.channels import check_shown
 from clipward.networks.unet import UNet
 from clipward.sampler import Sampler, SamplingConfig, Watch, to_picture
 from clipward.weights.architecture import Architecture
@@ -126,6 +127,8 @@ class Model:
             models.config = replace(guidance, negative_text=negative_text)
         try:
             self.sampler.check()
+            if not return_tensors:
+                check_shown(self.architecture.unet.image_channels)
             weight = self.sampler.method.weight if guidance_weight is None else float(guidance_weight)
             requests = [
                 (sentence, each, weight if sentence else 0.0)

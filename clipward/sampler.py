@@ -24,6 +24,7 @@ from clipward.guidance.methods import AUTO, METHODS, Method, MethodName
 from clipward.guidance.models import GuidanceModels, choose_method, fill_empty_texts
 from clipward.guidance.objectives import Objectives
 from clipward.guidance.weight_schedule import ScheduledGuidance, WeightSchedule
+from clipward.networks.channels import check_shown
 from clipward.networks.unet import UNet
 from clipward.weights.architecture import Architecture
 
@@ -323,8 +324,7 @@ class Sampler:
         return image[:count].clamp(-1, 1), denoise.retries[:count].tolist()
 
     def _noise(self, seed: Sequence[int | str]) -> Noise:
-        size = self.architecture.image_size
-        return Noise(seed, (self.architecture.unet.image_channels, size, size), self.device)
+        return Noise(seed, (self.architecture.unet.image_channels, *self.architecture.size), self.device)
 
     @torch.no_grad()
     def _log_potential(self, objectives: Objectives, weight: Tensor, x: Tensor, pred: Prediction, step: Step) -> Tensor:
@@ -433,6 +433,7 @@ def free_memory() -> None:
 
 
 def to_picture(image: Tensor) -> Image.Image:
-    """(3, H, W) in [-1, 1] -> an RGB picture."""
+    """(1, H, W), (3, H, W) or (4, H, W) in [-1, 1] -> a picture in grey (L), RGB or RGBA."""
+    check_shown(len(image))
     pixels = ((image.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    return Image.fromarray(pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy())

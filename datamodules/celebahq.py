@@ -11,13 +11,15 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from clipward.datamodules.labels import check_labels, read_labels
 from clipward.datamodules.loading import (
     MOST_PICTURES,
+    check_channels,
     check_loading,
     check_training,
     check_whole,
+    to_pair,
     training_loader,
     validation_loader,
 )
-from clipward.datamodules.pictures import UnreadablePicture, check_picture, read_picture
+from clipward.datamodules.pictures import CONVERTERS, UnreadablePicture, check_picture, read_picture
 from clipward.datamodules.sources import EXPECTED, Sources, find_column, open_rows, take_rows
 from clipward.errors import InputError, shorten
 
@@ -27,11 +29,12 @@ VAL_SHARE, VAL_MOST = 0.02, 512
 class CelebAHQDataModule(L.LightningDataModule):
     """Pictures, resized with antialiasing, cropped at the centre and flipped half of the time.
 
-    PNG, JPEG, WebP, BMP, GIF and TIFF are read, turned upright by their EXIF; transparent parts become white.
+    PNG, JPEG, WebP, BMP, GIF and TIFF are read, turned upright by their EXIF; transparent parts become white, unless
+    there are four channels.
 
     Args:
         path: a folder of pictures, a parquet file, or the name of a data set on the hub.
-        size: height and width in pixels.
+        size: height and width in pixels, or a pair of them. Of a picture with other proportions the middle is taken.
         batch_size: pictures a batch, on each device.
         num_workers: processes that read pictures; each keeps its own with ``cache``.
         split: of a data set on the hub.
@@ -44,8 +47,9 @@ class CelebAHQDataModule(L.LightningDataModule):
         count: how many rows to use; all that follow by default.
         val_count: pictures kept for validation, the last ones. By default a fiftieth, from 1 to 512, where that leaves
             a batch to train on. Where 0, the training pictures serve.
-        cache: keep the resized pictures in memory (3·size² bytes each).
+        cache: keep the resized pictures in memory (a byte for each pixel and channel).
         strict: refuse a file that can't be read and a row without a caption; else they are named, counted and left out.
+        channels: 1 for grey, 3 for RGB or 4 for RGBA, as ``unet.image_channels`` of the model.
 
     Raises:
         InputError: for a number out of range, and in ``setup`` for data that can't be read or trained on.
@@ -54,7 +58,7 @@ class CelebAHQDataModule(L.LightningDataModule):
     def __init__(
         self,
         path: str | None = None,
-        size: int = 256,
+        size: int | tuple[int, int] = 256,
         batch_size: int = 16,
         num_workers: int = 0,
         split: str = "train",
@@ -66,9 +70,11 @@ class CelebAHQDataModule(L.LightningDataModule):
         val_count: int | None = None,
         cache: bool = False,
         strict: bool = False,
+        channels: int = 3,
     ) -> None:
         super().__init__()
         check_loading(size, batch_size, num_workers)
+        check_channels(channels, sorted(CONVERTERS))
         check_whole(1, MOST_PICTURES, count=1 if count is None else count)
         check_whole(0, MOST_PICTURES, first=first, val_count=0 if val_count is None else val_count)
         if labels is not None:
@@ -76,7 +82,7 @@ class CelebAHQDataModule(L.LightningDataModule):
         self.path, self.size, self.batch_size, self.num_workers = path, size, batch_size, num_workers
         self.split, self.image_column, self.caption_column = split, image_column, caption_column
         self.labels, self.first, self.count, self.val_count = labels, first, count, val_count
-        self.cache, self.strict = cache, strict
+        self.cache, self.strict, self.channels = cache, strict, channels
         self.train_set: Subset | None = None
 
     def prepare_data(self) -> None:
@@ -97,7 +103,7 @@ class CelebAHQDataModule(L.LightningDataModule):
         sources = Sources(rows, self.image_column, self.first)
         good = self._choose(sources, captions)
         held_out = self._held_out(len(good))
-        pictures = Pictures(sources, self.size, captions, labels, self.cache)
+        pictures = Pictures(sources, to_pair(self.size), captions, labels, self.cache, self.channels)
         self.train_set = Subset(pictures, good[: len(good) - held_out])
         self.val_set = Subset(pictures, good[len(good) - held_out :] or good)
 
@@ -154,7 +160,7 @@ class CelebAHQDataModule(L.LightningDataModule):
 
 
 class Pictures(Dataset[dict]):
-    """Items are ``{"image": (3, size, size) in [-1, 1]}``, with a ``"caption"`` and ``"labels"`` where there are any.
+    """Items are ``{"image": (C, H, W) in [-1, 1]}``, with a ``"caption"`` and ``"labels"`` where there are any.
 
     Args:
         sources: the pictures.
@@ -162,17 +168,20 @@ class Pictures(Dataset[dict]):
         captions: one for each, if there are any.
         labels: (N, attributes) in int64, likewise.
         cache: keep the resized pictures in memory.
+        channels: C, as in :func:`clipward.datamodules.pictures.read_picture`.
     """
 
     def __init__(
         self,
         sources: Sources,
-        size: int,
+        size: tuple[int, int],
         captions: Sequence[str | None] | None = None,
         labels: Tensor | None = None,
         cache: bool = False,
+        channels: int = 3,
     ) -> None:
         self.sources, self.size, self.captions, self.labels = sources, size, captions, labels
+        self.channels = channels
         self._kept: dict[int, Tensor] | None = {} if cache else None
 
     def __len__(self) -> int:
@@ -190,7 +199,7 @@ class Pictures(Dataset[dict]):
         if self._kept is not None and index in self._kept:
             return self._kept[index]
         try:
-            pixels = read_picture(self.sources[index], self.size)
+            pixels = read_picture(self.sources[index], self.size, self.channels)
         except UnreadablePicture as error:
             raise InputError(
                 f"data: got a damaged picture, {self.sources.name(index)} ({error}); remove it or mend it"

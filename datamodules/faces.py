@@ -16,9 +16,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from clipward.datamodules.loading import (
     MOST_PICTURES,
+    Size,
+    check_channels,
     check_loading,
     check_training,
     check_whole,
+    to_pair,
     training_loader,
     validation_loader,
 )
@@ -304,13 +307,21 @@ def _rgb(colour: RGB) -> tuple[int, int, int]:
 class Faces(Dataset[dict]):
     """Map-style set of drawn faces, each drawn on first use and then kept (3·size² bytes a face).
 
-    An item is ``{"image": (3, size, size) in [-1, 1], "caption": str, "labels": (5,) int64}``; a label is the
+    An item is ``{"image": (channels, *size) in [-1, 1], "caption": str, "labels": (5,) int64}``; a label is the
     position of the value in :data:`ATTRIBUTES`.
+
+    Args:
+        seed: which faces.
+        count: how many.
+        size: height and width in pixels, or a pair of them; of a face with other sides, the middle.
+        detail: share of the captions that name all attributes.
+        channels: 3 for RGB, or 1 for its luma.
     """
 
-    def __init__(self, seed: int, count: int, size: int = 64, detail: float = 0.5) -> None:
-        self.seed, self.count, self.size, self.detail = seed, count, size, detail
-        self._pixels = torch.zeros(count, 3, size, size, dtype=torch.uint8)
+    def __init__(self, seed: int, count: int, size: Size = 64, detail: float = 0.5, channels: int = 3) -> None:
+        self.seed, self.count, self.size, self.detail = seed, count, to_pair(size), detail
+        self.mode = "RGB" if channels == 3 else "L"
+        self._pixels = torch.zeros(count, channels, *self.size, dtype=torch.uint8)
         self._drawn = torch.zeros(count, dtype=torch.bool)
 
     def __len__(self) -> int:
@@ -318,8 +329,12 @@ class Faces(Dataset[dict]):
 
     def __getitem__(self, index: int) -> dict:
         if not self._drawn[index]:
-            picture = torch.from_numpy(np.asarray(draw(self.seed, index, self.size)).copy())  # (H, W, C)
-            self._pixels[index] = picture.permute(2, 0, 1)
+            height, width = self.size
+            face = draw(self.seed, index, max(self.size))
+            top, left = (face.height - height) // 2, (face.width - width) // 2
+            picture = face.crop((left, top, left + width, top + height)).convert(self.mode)
+            pixels = torch.from_numpy(np.asarray(picture).copy())
+            self._pixels[index] = pixels.reshape(height, width, -1).permute(2, 0, 1)
             self._drawn[index] = True
         image = self._pixels[index].float() / 127.5 - 1
         face = attributes(self.seed, index)
@@ -331,7 +346,7 @@ class FacesDataModule(L.LightningDataModule):
     """Drawn faces for training and validation, no two of them the same.
 
     Args:
-        size: height and width in pixels.
+        size: height and width in pixels, or a pair of them.
         train_count: faces to train on.
         val_count: faces to validate on.
         seed: which faces; the validation set is that of ``seed + 1``.
@@ -339,27 +354,30 @@ class FacesDataModule(L.LightningDataModule):
             thing such as a smile from captions that tell pictures apart, and hardly from those that many share.
         batch_size: faces a batch, on each device.
         num_workers: processes that draw; 0 draws in the training process and keeps what it drew.
+        channels: 3 for colour, or 1 for grey.
     """
 
     def __init__(
         self,
-        size: int = 64,
+        size: int | tuple[int, int] = 64,
         train_count: int = 50_000,
         val_count: int = 1_000,
         seed: int = 0,
         caption_detail: float = 0.5,
         batch_size: int = 64,
         num_workers: int = 0,
+        channels: int = 3,
     ) -> None:
         super().__init__()
         check_loading(size, batch_size, num_workers)
+        check_channels(channels, (1, 3))
         check_whole(0, MOST_PICTURES, train_count=train_count, val_count=val_count)
         check_whole(0, 2**63 - 1, seed=seed)
         if not 0 <= caption_detail <= 1:
             raise InputError(f"data.caption_detail: got {shorten(caption_detail)}, expected a number from 0 to 1")
         self.size, self.train_count, self.val_count = size, train_count, val_count
         self.seed, self.caption_detail = seed, caption_detail
-        self.batch_size, self.num_workers = batch_size, num_workers
+        self.batch_size, self.num_workers, self.channels = batch_size, num_workers, channels
         self.train_set: Faces | None = None
 
     def prepare_data(self) -> None:
@@ -378,7 +396,7 @@ class FacesDataModule(L.LightningDataModule):
 
     def _faces(self, seed: int, count: int) -> Faces:
         try:
-            return Faces(seed, count, self.size, self.caption_detail)
+            return Faces(seed, count, self.size, self.caption_detail, self.channels)
         except RuntimeError as error:  # torch has no memory for them
             raise InputError(
                 f"data.size: got {self.size}, expected less, or fewer than {count} faces, to fit in memory"

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, default_co
 from clipward.errors import InputError, first_line, shorten
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?", re.ASCII)
+Size = int | Sequence[int]  # height and width, or both in that order
 MOST_PIXELS, MOST_PICTURES, MOST_WORKERS = 2**14, 2**40, 2**10
 
 
@@ -27,11 +28,31 @@ def check_whole(least: int, most: int, **values: Any) -> None:
             raise InputError(f"data.{name}: got {shorten(value)}, expected a whole number from {least} to {most}")
 
 
-def check_loading(size: int, batch_size: int, num_workers: int) -> None:
+def check_loading(size: Size, batch_size: int, num_workers: int) -> None:
     """Check what every data module of pictures has: see :func:`check_whole`."""
-    check_whole(1, MOST_PIXELS, size=size)
+    to_pair(size)
     check_whole(1, MOST_PICTURES, batch_size=batch_size)
     check_whole(0, MOST_WORKERS, num_workers=num_workers)
+
+
+def to_pair(size: Size) -> tuple[int, int]:
+    """Height and width, where ``data.size`` is both or a pair of them.
+
+    Raises:
+        InputError: where it is neither, or out of range.
+    """
+    pair = (size, size) if isinstance(size, int) else size
+    if not isinstance(pair, Sequence) or len(pair) != 2:
+        raise InputError(f"data.size: got {shorten(size)}, expected a whole number or a height and a width")
+    for each in pair:
+        check_whole(1, MOST_PIXELS, size=each)
+    return pair[0], pair[1]
+
+
+def check_channels(channels: int, known: Sequence[int]) -> None:
+    """Raise :class:`InputError` where ``data.channels`` is not one of ``known``."""
+    if channels not in known or isinstance(channels, bool):
+        raise InputError(f"data.channels: got {shorten(channels)}, expected {' or '.join(map(str, known))}")
 
 
 def check_training(count: int, batch_size: int, trainer: L.Trainer | None = None) -> None:

@@ -23,7 +23,7 @@ class OwnSamplesDataModule(CelebAHQDataModule):
         seed: of the first sample.
         skip_steps: DDIM steps a sample.
         micro_batch: samples drawn at once on each device.
-        size: height and width in pixels; where samples are drawn, theirs.
+        size: height and width in pixels, or a pair of them; where samples are drawn, theirs.
         batch_size: pictures a batch, on each device.
         **data: the other arguments of :class:`CelebAHQDataModule`.
     """
@@ -36,7 +36,7 @@ class OwnSamplesDataModule(CelebAHQDataModule):
         seed: int = 0,
         skip_steps: int = 20,
         micro_batch: int = 16,
-        size: int = 64,
+        size: int | tuple[int, int] = 64,
         batch_size: int = 64,
         **data: Any,
     ) -> None:
@@ -52,5 +52,5 @@ class OwnSamplesDataModule(CelebAHQDataModule):
         if self.draws and self.train_set is None:
             samples = open_rows(self.path, self.split, self.image_column)
             with Image.open(samples[0][self.image_column]["path"], formats=["PNG"]) as picture:
-                self.size = picture.width
+                self.size = picture.width if picture.width == picture.height else (picture.height, picture.width)
         super().setup(stage)

@@ -1,4 +1,4 @@
-"""Picture files of the kinds that people have: opened with care, turned upright, on white, in 8-bit RGB."""
+"""Picture files of the kinds that people have: opened with care, turned upright, in 8-bit grey, RGB or RGBA."""
 
 import io
 import logging
@@ -48,24 +48,32 @@ def check_picture(source: str | bytes) -> None:
         _open(source).close()
 
 
-def read_picture(source: str | bytes, size: int) -> Tensor:
-    """Read a picture, a file's path or its bytes: upright by its EXIF, its transparent parts on white.
+def read_picture(source: str | bytes, size: int | tuple[int, int], channels: int = 3) -> Tensor:
+    """Read a picture, a file's path or its bytes, upright by its EXIF.
 
     Of a GIF or another file of several pictures this is the first. Grey of 16 bits is scaled to 8.
 
+    Args:
+        source: a path, or the bytes of a file.
+        size: height and width, or one number for both.
+        channels: 3 for RGB with transparent parts on white; 1 for the luma of that, 0.299·R + 0.587·G + 0.114·B (ITU-R
+            BT.601); 4 for RGBA, where a picture without transparency is opaque.
+
     Returns:
-        (3, size, size) in uint8: the square in the middle, resized with antialiasing.
+        (channels, height, width) in uint8: the part in the middle that has these proportions, resized with
+        antialiasing.
 
     Raises:
         UnreadablePicture: as :func:`check_picture`, and where the pixels are damaged.
     """
+    height, width = (size, size) if isinstance(size, int) else size
     with _reporting(), _open(source) as picture:
         picture.load()  # which turns a TIFF by itself
         turn = UPRIGHT.get(_orientation(picture))
-        rgb = _to_rgb(picture)
-        rgb = rgb if turn is None else rgb.transpose(turn)
-        square = ImageOps.fit(rgb, (size, size), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+        converted = CONVERTERS[channels](picture)
+        upright = converted if turn is None else converted.transpose(turn)
+        fitted = ImageOps.fit(upright, (width, height), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(fitted)).reshape(height, width, channels).permute(2, 0, 1).contiguous()
 
 
 def _open(source: str | bytes) -> Image.Image:
@@ -111,6 +119,17 @@ def _to_rgb(picture: Image.Image) -> Image.Image:
         return picture.convert("RGB")
     white = Image.new("RGBA", picture.size, "white")
     return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
+
+
+def _to_rgba(picture: Image.Image) -> Image.Image:
+    return picture.convert("RGBA") if picture.has_transparency_data else _to_rgb(picture).convert("RGBA")
+
+
+def _to_luma(picture: Image.Image) -> Image.Image:
+    return _to_rgb(picture).convert("L")
+
+
+CONVERTERS = {1: _to_luma, 3: _to_rgb, 4: _to_rgba}
 
 
 def _to_grey(picture: Image.Image) -> Image.Image:

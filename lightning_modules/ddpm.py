@@ -1,6 +1,6 @@
 """The diffusion model: training, fine-tuning and guided sampling."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from clipward.guidance.models import REASONS, GuidanceConfig, GuidanceModels, ch
 from clipward.lightning_modules.ema import EMA
 from clipward.lightning_modules.optim import OptimConfig, adamw
 from clipward.lightning_modules.reproducible import Reproducible
+from clipward.networks.channels import check_shown
 from clipward.networks.sharding import fill, full_state, own_parameters, shard
 from clipward.networks.unet import UNet
 from clipward.sampler import Sampler, SamplingConfig
@@ -65,10 +66,11 @@ class HasRequests(Protocol):
 
 
 @runtime_checkable
-class HasSize(Protocol):
-    """Data of pictures that have a height and width in pixels."""
+class HasPictures(Protocol):
+    """Data of pictures: their height and width in pixels, one number or a pair, and their channels."""
 
-    size: int
+    size: int | Sequence[int]
+    channels: int
 
 
 class DDPMModule(Reproducible):
@@ -142,6 +144,7 @@ class DDPMModule(Reproducible):
         self.schedule = self.sampler.schedule
         if self._trainer is not None and (self.trainer.predicting or self.trainer.testing):
             self.sampler.check()
+            check_shown(self.architecture.unet.image_channels)
 
     def averaged(self) -> AbstractContextManager[None]:
         """A context within which the network has the averaged weights."""
@@ -196,12 +199,28 @@ class DDPMModule(Reproducible):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        size = self.architecture.image_size
-        data = self.trainer.datamodule
-        if isinstance(data, HasSize) and data.size != size:
-            raise InputError(f"data.size: got {data.size}, expected {size}, the model's")
+        self._check_data()
         if self.save_path is not None and self.save_path.exists():
             raise InputError(f"model.save_path: {self.save_path} exists; choose another name")
+
+    def on_validation_start(self) -> None:
+        self._check_data()
+
+    def _check_data(self) -> None:
+        """Raise :class:`InputError` where the pictures are not of the size and the channels of the model's."""
+        data, channels = self.trainer.datamodule, self.architecture.unet.image_channels
+        if not isinstance(data, HasPictures):
+            return
+        given, wanted = (
+            [size, size] if isinstance(size, int) else list(size) for size in (data.size, self.architecture.size)
+        )
+        if given != wanted:
+            show = [size[0] if size[0] == size[1] else size for size in (given, wanted)]
+            raise InputError(f"data.size: got {show[0]}, expected {show[1]}, the model's")
+        if data.channels != channels:
+            raise InputError(
+                f"data.channels: got {data.channels}, expected {channels}, the model's unet.image_channels"
+            )
 
     def on_fit_end(self) -> None:
         if self.save_path is not None and not self.trainer.fast_dev_run:

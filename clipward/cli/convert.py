@@ -22,7 +22,7 @@ def convert(
     to: Literal["safetensors", "diffusers"] = "safetensors",
     use_ema: bool = True,
     half: bool = False,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     head_channels: int | None = None,
     schedule: ScheduleName | None = None,
     parametrisation: Parametrisation | None = None,
@@ -35,7 +35,7 @@ def convert(
         to: what to write.
         use_ema: take the averaged weights where a file has both.
         half: write safetensors in half precision.
-        image_size: of the pictures, where the source doesn't know it.
+        image_size: of the pictures, or '[HEIGHT, WIDTH]', where the source doesn't know it.
         head_channels: of an attention head, where the source doesn't know it; 64 in OpenAI's published networks.
         schedule: where the source doesn't know it; linear in all that pesser and OpenAI published for faces.
         parametrisation: what the network puts out, where the source doesn't know it.
@@ -52,7 +52,8 @@ def convert(
     else:
         save_weights(path, weights, half)
     count = sum(value.numel() for value in weights.state.values())
-    print(f"{target}: {count / 1e6:.1f} M parameters for {architecture.image_size}×{architecture.image_size} pictures")
+    height, width = architecture.size
+    print(f"{target}: {count / 1e6:.1f} M parameters for {width}×{height} pictures")
 
 
 def run(args: Sequence[str]) -> None:

@@ -49,6 +49,8 @@ COMMANDS = {
             "What to learn": {
                 CONFIG: "a YAML file, or the name of a config that ships; several are merged",
                 DATA: PICTURES,
+                "--data.size N": "height and width in pixels, or '[HEIGHT, WIDTH]'",
+                "--data.channels N": "1 for grey, 3 for RGB, 4 for RGBA",
                 "--data.batch_size N": "pictures in a batch on each device",
                 "--data.num_workers N": "processes that read pictures",
             },

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from clipward.errors import InputError, first_line, shorten
 from clipward.files import check_archive
+from clipward.networks.channels import to_rgb
 
 
 class Inception(nn.Module):
@@ -40,5 +41,5 @@ class Inception(nn.Module):
             ) from error
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, 3, H, W) in [-1, 1] -> (B, 2048)."""
-        return self.network(((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))[0]
+        """(B, C, H, W) in [-1, 1] -> (B, 2048)."""
+        return self.network(((to_rgb(image) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8))[0]

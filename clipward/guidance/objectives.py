@@ -13,6 +13,7 @@ from clipward.diffusion.schedule import Step
 from clipward.errors import InputError
 from clipward.guidance.contrasts import contrast_captions
 from clipward.guidance.core import Objective, WeightedTexts
+from clipward.networks.channels import to_rgb
 from clipward.networks.classifier import Classifier
 from clipward.networks.clip import Clip, preprocess
 from clipward.networks.vocabulary import check_attributes
@@ -59,7 +60,12 @@ def _pixel_gradient(clip: Clip, image: Tensor, score: Callable[[Tensor], Tensor]
     with torch.enable_grad():
         pixels = preprocess(image.detach().float(), clip.preprocess).requires_grad_()
         gradient = torch.autograd.grad(score(clip.encode_pixels(pixels)).sum(), pixels)[0]
-    return F.interpolate(gradient, image.shape[-2:], mode="bilinear", antialias=True, align_corners=False)
+    resized = F.interpolate(gradient, image.shape[-2:], mode="bilinear", antialias=True, align_corners=False)
+    if image.shape[1] == 3:
+        return resized
+    seen = image.detach().requires_grad_()  # back from RGB to the picture's own channels
+    with torch.enable_grad():
+        return torch.autograd.grad(to_rgb(seen), seen, resized)[0]
 
 
 class ClipDistance:
@@ -238,7 +244,8 @@ class Cutouts:
         self.objective, self.noise, self.count, self.smallest = objective, noise, count, smallest
 
     def __call__(self, image: Tensor, step: Step) -> Tensor:
-        side = image.shape[-1]
+        height, width = image.shape[-2:]
+        side = min(height, width)
         scores = []
         for i in range(self.count):
             draw = self.noise(f"cut/{step.t}/{i}").flatten(1)[:, :3]  # (B, 3)
@@ -246,7 +253,7 @@ class Cutouts:
             cuts = []
             for picture, (size, left, top) in zip(image, share.tolist(), strict=True):
                 length = round(side * (self.smallest + (1 - self.smallest) * size))
-                y, x = (round((side - length) * at) for at in (top, left))
+                y, x = round((height - length) * top), round((width - length) * left)
                 cut = picture[None, :, y : y + length, x : x + length]
                 cuts.append(F.interpolate(cut, (side, side), mode="bilinear", align_corners=False))
             scores.append(self.objective(torch.cat(cuts), step))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from clipward.errors import InputError, first_line
 from clipward.files import atomic_write, check_state, locate, read_safetensors
+from clipward.networks.channels import to_rgb
 from clipward.networks.noise_level import NoiseConditionedConv, with_noise_level
 from clipward.networks.vocabulary import Vocabulary, find_attributes
 
@@ -41,7 +42,8 @@ class Classifier(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(c * 16, len(values)) for name, values in vocabulary.items()})
 
     def forward(self, image: Tensor, alpha_bar: Tensor | float = 1.0) -> dict[str, Tensor]:
-        """(B, 3, H, W) in [-1, 1], or x_t of ``alpha_bar`` if noise-aware -> logits (B, values) of each attribute."""
+        """(B, C, H, W) in [-1, 1], or x_t of ``alpha_bar`` if noise-aware -> logits (B, values) of each attribute."""
+        image = to_rgb(image)
         features = self.body(with_noise_level(image, alpha_bar) if self.noise_aware else image)
         return {name: head(features) for name, head in self.heads.items()}
 
@@ -61,7 +63,7 @@ class Classifier(nn.Module):
 
     def features(self, image: Tensor) -> Tensor:
         """(B, C), averaged over the picture: what tells one set of pictures from another."""
-        return self.body[:-3](image).mean(dim=(2, 3))
+        return self.body[:-3](to_rgb(image)).mean(dim=(2, 3))
 
 
 def save_classifier(path: Path, classifier: Classifier) -> None:

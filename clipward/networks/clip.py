@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clipward.errors import InputError, first_line, shorten
 from clipward.files import atomic_write, locate, read_safetensors, state_hash
+from clipward.networks.channels import to_rgb
 from clipward.networks.noise_level import NoiseConditionedConv, with_noise_level
 from clipward.networks.torchscript import is_torchscript, read_torchscript
 from clipward.texts import Part
@@ -224,10 +225,13 @@ def _read_sizes(model: Any) -> dict[str, Any]:
 
 
 def preprocess(image: Tensor, config: dict[str, Any]) -> Tensor:
-    """Pictures in [-1, 1] as CLIP wants them: resized to its size with antialias, by its own mean and std."""
+    """Pictures in [-1, 1] as CLIP wants them: in RGB, resized to its size with antialias, by its own mean and std.
+
+    The whole picture is seen: one that is not square is squeezed into CLIP's square, and nothing is cut off.
+    """
     size = config["size"]
     size = (size, size) if isinstance(size, int) else tuple(size)
-    pixels = (image + 1) / 2
+    pixels = (to_rgb(image) + 1) / 2
     if pixels.shape[-2:] != size:
         pixels = F.interpolate(pixels, size, mode=config["interpolation"], antialias=True, align_corners=False)
     mean, std = (pixels.new_tensor(config[key])[:, None, None] for key in ("mean", "std"))

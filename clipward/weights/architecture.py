@@ -29,7 +29,7 @@ class Architecture:
 
     Args:
         unet: the network's size.
-        image_size: height and width of the pictures it makes.
+        image_size: height and width of the pictures it makes, as a pair where they differ; see :attr:`size`.
         schedule: ᾱ_t by name.
         num_timesteps: T, the number of noise levels.
         betas: the first and the last β of the schedule; cosine has its own.
@@ -43,7 +43,7 @@ class Architecture:
     """
 
     unet: UNetConfig = field(default_factory=UNetConfig)
-    image_size: int = 256
+    image_size: int | tuple[int, int] = 256
     schedule: ScheduleName = "linear"
     num_timesteps: int = 1000
     betas: Betas = (1e-4, 0.02)
@@ -53,11 +53,14 @@ class Architecture:
 
     def __post_init__(self) -> None:
         stride = self.unet.stride
-        if not 1 <= self.image_size <= MOST_PIXELS or self.image_size % stride:
-            given = shorten(self.image_size)
+        sides, given = self.size, self.image_size if isinstance(self.image_size, int) else list(self.image_size)
+        if not all(1 <= side <= MOST_PIXELS and side % stride == 0 for side in sides):
+            wanted = "a multiple" if isinstance(given, int) else "multiples"
             raise InputError(
-                f"image_size: got {given}, expected a multiple of {shorten(stride)} for this U-Net, up to {MOST_PIXELS}"
+                f"image_size: got {shorten(given)}, expected {wanted} of {shorten(stride)} for this U-Net, up to "
+                f"{MOST_PIXELS}"
             )
+        object.__setattr__(self, "image_size", sides[0] if sides[0] == sides[1] else sides)
         if not 1 <= self.num_timesteps <= MOST_TIMESTEPS:
             given = shorten(self.num_timesteps)
             raise InputError(f"num_timesteps: got {given}, expected 1 to {MOST_TIMESTEPS}")
@@ -65,6 +68,14 @@ class Architecture:
             raise InputError(f"betas: got {shorten(list(self.betas))}, expected two rising numbers between 0 and 1")
         if self.var_type is None:
             object.__setattr__(self, "var_type", "learned_range" if self.unet.learns_variance else "fixed_small")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of a picture."""
+        if isinstance(self.image_size, int):
+            return self.image_size, self.image_size
+        height, width = self.image_size
+        return height, width
 
     @property
     def variance(self) -> VarType:

@@ -282,11 +282,10 @@ def _read_beta(scheduler: Mapping[str, Any], setting: str, default: float) -> fl
     return parse(float, scheduler.get(setting, default), f"{setting} in {SCHEDULER_FILE}")
 
 
-def _read_size(network: Mapping[str, Any]) -> int:
+def _read_size(network: Mapping[str, Any]) -> int | tuple[int, int]:
     size = network.get("sample_size")
-    if isinstance(size, list) and len(size) == 2 and size[0] == size[1]:
-        size = size[0]
-    return parse(int, Architecture.image_size if size is None else size, f"sample_size in {NETWORK_FILE}")
+    kind = int | tuple[int, int]
+    return parse(kind, Architecture.image_size if size is None else size, f"sample_size in {NETWORK_FILE}")
 
 
 def make_naming(levels: int) -> Naming:
@@ -363,7 +362,7 @@ def make_configs(architecture: Architecture) -> dict[str, dict[str, Any]]:
     }
 
 
-def make_network_config(config: UNetConfig, image_size: int) -> dict[str, Any]:
+def make_network_config(config: UNetConfig, image_size: int | tuple[int, int]) -> dict[str, Any]:
     """The ``config.json`` of a ``UNet2DModel`` with our network's numbers.
 
     Raises:
@@ -381,7 +380,7 @@ def make_network_config(config: UNetConfig, image_size: int) -> dict[str, Any]:
     return {
         "_class_name": "UNet2DModel",
         "_diffusers_version": VERSION,
-        "sample_size": image_size,
+        "sample_size": image_size if isinstance(image_size, int) else list(image_size),
         "in_channels": config.image_channels,
         "out_channels": config.out_channels or config.image_channels,
         "center_input_sample": False,
