@@ -418,7 +418,8 @@ def _write_parquet(path: Path, rows: list[dict[str, Any]], pictures: list[bytes]
     from datasets import Dataset, Features, Value
     from datasets import Image as ImageFeature
 
-    table = Dataset.from_list(rows)
+    names = dict.fromkeys(name for row in rows for name in row)
+    table = Dataset.from_list([{name: row.get(name) for name in names} for row in rows])
     table = table.cast(Features({**table.features, "clip_similarity": Value("float64")}))  # also where all are None
     images = [{"bytes": picture, "path": row["file_name"]} for row, picture in zip(rows, pictures, strict=True)]
     table.add_column("image", images).cast_column("image", ImageFeature()).to_parquet(path)

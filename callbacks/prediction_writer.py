@@ -27,6 +27,7 @@ from clipward.callbacks.gallery import (
 )
 from clipward.callbacks.gallery_page import write_page
 from clipward.callbacks.signals import StopSignals
+from clipward.editing import find_changed
 from clipward.errors import InputError, shorten
 from clipward.files import FolderLock, atomic_write, check_writable
 from clipward.sampler import HasSampler, to_picture
@@ -146,6 +147,7 @@ class PredictionWriter(BasePredictionWriter):
                 self._take_lock()
             if requests.done:
                 self._check_same_weights(provenance)
+                self._check_same_files()
 
     def _begin(self, requests: HasDone) -> None:
         """Prepare the folder for this command's pictures. Only one process does, and the others wait."""
@@ -176,6 +178,15 @@ class PredictionWriter(BasePredictionWriter):
                     "use another folder"
                 )
 
+    def _check_same_files(self) -> None:
+        for row in self.gallery.rows():
+            name = find_changed(row)
+            if name is not None:
+                raise InputError(
+                    f"save_dir: {self.save_dir} holds pictures made from an earlier {row[name]} ({name}); use another "
+                    "folder"
+                )
+
     def write_on_batch_end(
         self,
         trainer: L.Trainer,
@@ -199,9 +210,10 @@ class PredictionWriter(BasePredictionWriter):
                     "text": batch["text"][i],
                     "seed": batch["seed"][i],
                     "guidance_weight": batch["guidance_weight"][i],
+                    **prediction["edit"][i],
                     "clip_similarity": prediction["clip_similarity"][i],
                     "float32_retries": prediction["float32_retries"][i],
-                    **common,
+                    **{name: value for name, value in common.items() if name not in prediction["edit"][i]},
                 }
                 self.gallery.add(row, to_picture(prediction["image"][i]))
         self.gallery.pack_staged(self.shard_size)

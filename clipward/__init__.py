@@ -10,6 +10,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from clipward.editing import Edit
     from clipward.errors import InputError
     from clipward.guidance.core import GuidanceError
     from clipward.guidance.methods import METHODS
@@ -18,10 +19,11 @@ if TYPE_CHECKING:
     from clipward.sampler import SamplingConfig
 
 __version__ = version("clipward")
-__all__ = ["METHODS", "GuidanceConfig", "GuidanceError", "InputError", "Model", "SamplingConfig", "load"]
+__all__ = ["METHODS", "Edit", "GuidanceConfig", "GuidanceError", "InputError", "Model", "SamplingConfig", "load"]
 
 HOMES = {
     "METHODS": "clipward.guidance.methods",
+    "Edit": "clipward.editing",
     "GuidanceConfig": "clipward.guidance.models",
     "GuidanceError": "clipward.guidance.core",
     "InputError": "clipward.errors",

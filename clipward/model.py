@@ -12,6 +12,7 @@ from torch import Tensor
 
 from clipward.allocator import keep_freed_memory
 from clipward.diffusion.schedule import Schedule
+from clipward.editing import Edit
 from clipward.errors import InputError
 from clipward.files import CHECKPOINTS, CONFIGS, SHIPPED
 from clipward.guidance.models import GuidanceConfig, GuidanceModels
@@ -61,7 +62,7 @@ class Model:
         callback: Watch | None = ...,
         negative_text: str | None = ...,
         return_tensors: Literal[False] = ...,
-        **sampling: Any,
+        **settings: Any,
     ) -> list[Image.Image]: ...
 
     @overload
@@ -76,7 +77,7 @@ class Model:
         callback: Watch | None = ...,
         negative_text: str | None = ...,
         return_tensors: Literal[True],
-        **sampling: Any,
+        **settings: Any,
     ) -> Tensor: ...
 
     def sample(
@@ -90,7 +91,7 @@ class Model:
         callback: Watch | None = None,
         negative_text: str | None = None,
         return_tensors: bool = False,
-        **sampling: Any,
+        **settings: Any,
     ) -> list[Image.Image] | Tensor:
         """Draw pictures; the same seed, text and weight give the pixels of ``clipward predict``.
 
@@ -104,7 +105,8 @@ class Model:
             callback: called after each step with a state of ``x``, ``x0`` (both (B, C, H, W)) and ``step``.
             negative_text: what the pictures should not show, such as ``"a beard | glasses:2"``, for this call alone.
             return_tensors: return (N, C, H, W) in [-1, 1] in place of pictures.
-            **sampling: settings of :class:`clipward.SamplingConfig` for this call alone, such as ``skip_steps=20``.
+            **settings: of :class:`clipward.SamplingConfig` for this call alone, such as ``skip_steps=20``; and of
+                :class:`clipward.Edit`, such as ``init_image="face.png", mask=picture``, files or pictures of Pillow.
 
         Returns:
             The pictures of the first text, seed by seed, then those of the next.
@@ -116,17 +118,20 @@ class Model:
         texts = [text] if isinstance(text, str) else list(text)
         if n_samples < 1:
             raise InputError(f"n_samples: got {n_samples}, expected 1 or more")
-        unknown = sampling.keys() - {field.name for field in fields(SamplingConfig)}
+        sampling, editing = ({field.name for field in fields(config)} for config in (SamplingConfig, Edit))
+        unknown = settings.keys() - sampling - editing
         if unknown:
-            known = ", ".join(field.name for field in fields(SamplingConfig))
+            known = ", ".join(field.name for config in (SamplingConfig, Edit) for field in fields(config))
             raise InputError(f"sampling: got {sorted(unknown)[0]}, expected one of {known}")
+        given = {name: value for name, value in settings.items() if name in editing}
+        edit = Edit(**given) if given else None
         before, models = self.sampler.config, self.sampler.models
         guidance = models.config
-        self.sampler.config = replace(before, **sampling)
+        self.sampler.config = replace(before, **{name: settings[name] for name in settings.keys() & sampling})
         if negative_text is not None:
             models.config = replace(guidance, negative_text=negative_text)
         try:
-            self.sampler.check()
+            self.sampler.check([edit])
             if not return_tensors:
                 check_shown(self.architecture.unet.image_channels)
             weight = self.sampler.method.weight if guidance_weight is None else float(guidance_weight)
@@ -136,7 +141,7 @@ class Model:
                 for each in range(seed, seed + n_samples)
             ]
             images = [
-                self._draw(requests[start : start + MICRO_BATCH], progress, callback)
+                self._draw(requests[start : start + MICRO_BATCH], progress, callback, edit)
                 for start in range(0, len(requests), MICRO_BATCH)
             ]
         finally:
@@ -144,9 +149,11 @@ class Model:
         image = torch.cat(images)
         return image if return_tensors else [to_picture(each) for each in image]
 
-    def _draw(self, requests: list[tuple[str, int, float]], progress: bool, callback: Watch | None) -> Tensor:
+    def _draw(
+        self, requests: list[tuple[str, int, float]], progress: bool, callback: Watch | None, edit: Edit | None
+    ) -> Tensor:
         text, seed, weight = (list(values) for values in zip(*requests, strict=True))
-        return self.sampler.sample_in_chunks(text, seed, weight, progress, callback)[0]
+        return self.sampler.sample_in_chunks(text, seed, weight, progress, callback, [edit] * len(seed))[0]
 
 
 def load(

@@ -1,7 +1,7 @@
 """Guided sampling, plain torch: ``fit``, ``test``, ``predict`` and Python share it."""
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,14 +12,15 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from clipward.diffusion.denoiser import NetworkDenoiser, Prediction, VarType
+from clipward.diffusion.denoiser import NetworkDenoiser, Prediction, VarType, add_noise, to_eps
 from clipward.diffusion.particles import Resampling
-from clipward.diffusion.sampling import Noise, State, Update, ancestral, ddim
+from clipward.diffusion.sampling import Constraint, Inversion, KeepKnown, Noise, State, Update, ancestral, ddim
 from clipward.diffusion.sampling import sample as walk
 from clipward.diffusion.schedule import Schedule, SkipType, Step, time_travel
 from clipward.diffusion.solvers import SOLVERS, SolverName
+from clipward.editing import Edit, hash_source
 from clipward.errors import InputError
-from clipward.guidance.core import Clamp, Guidance, GuidanceError, GuidanceInterval, GuidedDenoiser, RefuseFlat
+from clipward.guidance.core import Clamp, Guidance, GuidanceError, GuidanceInterval, GuidedDenoiser, RefuseFlat, rms
 from clipward.guidance.methods import AUTO, METHODS, Method, MethodName
 from clipward.guidance.models import GuidanceModels, choose_method, fill_empty_texts
 from clipward.guidance.objectives import Objectives
@@ -29,6 +30,9 @@ from clipward.networks.unet import UNet
 from clipward.weights.architecture import Architecture
 
 Watch = Callable[[State], None]
+MASK_REPEATS = 4
+INVERSION_PASSES = 3  # of the network for each step of an inversion
+MOST_INVERSIONS = 64  # kept, since many requests may edit one picture
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,8 @@ class SamplingConfig:
     Args:
         method: how the text guides; ``auto`` takes what the given models allow: ``contrastive`` with a noise-aware
             CLIP, else ``contrastive_denoised``.
-        repeats: how often each step is taken, with the noise put back in between; the method's own by default.
+        repeats: how often each step is taken, with the noise put back in between; by default the method's own, and
+            with a mask four or more.
         interval: the shares of T between which a text guides, such as 0.2 0.8; the method's own by default.
         weight_schedule: pairs of t/T (0 is the picture, 1 is noise) and the factor of the guidance weight there, such
             as ``0.0:0.5 0.4:1 0.8:0``; linear in between.
@@ -117,6 +122,7 @@ class Sampler:
         self.averaged, self._any_process = averaged, any_process
         self.schedule: Schedule = architecture.noise_schedule()
         self._chunk: int | None = None  # the most pictures that fit, once memory has run out
+        self._inversions: dict[Any, tuple[Tensor, float]] = {}  # a picture's noise, and the error of its round trip
 
     @property
     def device(self) -> torch.device:
@@ -131,23 +137,35 @@ class Sampler:
     def method(self) -> Method:
         return METHODS[self.method_name]
 
-    @property
-    def repeats(self) -> int:
-        return self.config.repeats or self.method.repeats
+    def repeats(self, edit: Edit | None = None) -> int:
+        """How often each step is taken."""
+        by_default = max(self.method.repeats, MASK_REPEATS if edit is not None and edit.masked else 1)
+        return self.config.repeats or by_default
 
     @property
     def steps(self) -> list[Step]:
-        return time_travel(self.schedule.steps(self.config.skip_steps, self.config.skip_type), self.repeats)
+        """The steps from pure noise to a picture."""
+        return self.list_steps(None)
 
-    def make_update(self) -> Update:
+    def list_steps(self, edit: Edit | None, repeats: int | None = None) -> list[Step]:
+        """The steps of a walk: with an init image, those that begin below its strength."""
+        steps = self.schedule.steps(self.config.skip_steps, self.config.skip_type)
+        if edit is not None and edit.strength is not None:
+            steps = [step for step in steps if step.t < edit.strength * len(self.schedule)]
+        return time_travel(steps, repeats or self.repeats(edit))
+
+    def make_update(self, edit: Edit | None = None) -> Update:
         """What takes the steps of one walk, and may remember them."""
+        if edit is not None and edit.invert:
+            return ddim(0.0)
         if self.config.solver is not None:
             return SOLVERS[self.config.solver]()
         return ddim(self.config.ddim_eta) if self.config.ddim else ancestral
 
-    @property
-    def adds_noise(self) -> bool:
+    def adds_noise(self, edit: Edit | None = None) -> bool:
         """Whether steps add noise, without which candidates that were resampled would stay alike."""
+        if edit is not None and edit.invert:
+            return False
         if self.config.solver is not None:
             return self.config.solver == "sde_dpmpp_2m"
         return not self.config.ddim or self.config.ddim_eta > 0
@@ -177,17 +195,32 @@ class Sampler:
         low, high = (share * len(self.schedule) for share in self.interval)
         return (low if low > 0 else -1), high  # from 0 on, the last step is guided too
 
-    def check(self) -> None:
-        """Raise :class:`InputError` where the settings do not fit the model."""
+    def check(self, edits: Iterable[Edit | None] = (None,)) -> None:
+        """Raise :class:`InputError` where the settings do not fit the model, or an edit does not fit the settings.
+
+        Args:
+            edits: those of the requests; one for each kind of walk is enough.
+        """
         low, high = self._times
-        times = [step.t for step in self.steps if low < step.t <= high]
-        if not times:
-            raise InputError(f"sampling.interval: no step lies in ({low:g}, {high:g}]; use a wider one")
-        schedule = self.weight_schedule
-        if schedule is not None and not any(schedule.factor(t / len(self.schedule)) for t in times):
-            raise InputError(
-                f"sampling.weight_schedule: got {self.config.weight_schedule!r}, which is 0 at all steps that guide"
-            )
+        for edit in edits:
+            steps, strength = self.list_steps(edit), None if edit is None else edit.strength
+            if strength and not steps:
+                raise InputError(
+                    f"strength: got {strength:g}, but no step begins below {strength * len(self.schedule):g}; use more"
+                )
+            times = [step.t for step in steps if low < step.t <= high]
+            if steps and not times:
+                raise InputError(f"sampling.interval: no step lies in ({low:g}, {high:g}]; use a wider one")
+            schedule = self.weight_schedule
+            if times and schedule is not None and not any(schedule.factor(t / len(self.schedule)) for t in times):
+                raise InputError(
+                    f"sampling.weight_schedule: got {self.config.weight_schedule!r}, which is 0 at all steps that guide"
+                )
+            if edit is not None and edit.invert and (self.config.solver or self.config.ddim_eta):
+                raise InputError(
+                    f"invert: got {self.config.solver or f'ddim_eta {self.config.ddim_eta:g}'} beside it, expected "
+                    "neither a solver nor noise; an inverted picture goes back by DDIM's steps"
+                )
         if self.var_type == "learned_range" and not self.architecture.unet.learns_variance:
             raise InputError("var_type: got learned_range, but the network has no variance; use fixed_small")
 
@@ -198,6 +231,7 @@ class Sampler:
         guidance_weight: Sequence[float],
         progress: bool = False,
         watch: Watch | None = None,
+        edits: Sequence[Edit | None] | None = None,
     ) -> tuple[Tensor, list[int]]:
         """:meth:`best_of_n` for as many requests at once as fit: where memory runs out, half as many from then on.
 
@@ -206,12 +240,13 @@ class Sampler:
             GuidanceError: with the position in the whole lists.
         """
         images, retries, start = [], [], 0
+        edits = edits or [None] * len(seed)
         together = max(1, len(seed) // self.config.candidates)
         while start < len(seed):
             chunk = slice(start, start + (self._chunk or together))
-            size = len(seed[chunk])
+            size, part = len(seed[chunk]), (text[chunk], seed[chunk], guidance_weight[chunk])
             try:
-                image, again = self.best_of_n(text[chunk], seed[chunk], guidance_weight[chunk], progress, watch)
+                image, again = self.best_of_n(*part, progress, watch, edits[chunk])
             except GuidanceError as error:
                 position = min(error.position, size - 1)  # beyond it, the last request fills the batch
                 raise GuidanceError(start + position, error.reason) from error
@@ -243,6 +278,7 @@ class Sampler:
         guidance_weight: Sequence[float],
         progress: bool = False,
         watch: Watch | None = None,
+        edits: Sequence[Edit | None] | None = None,
     ) -> tuple[Tensor, list[int]]:
         """Draw ``candidates`` pictures for each text, seed and weight of three lists, and keep the best of each.
 
@@ -252,7 +288,7 @@ class Sampler:
             (B, C, H, W) in [-1, 1], and for each the number of steps that were computed again in float32.
         """
         if self.config.candidates == 1 or not self._in_any_process(any(text)):
-            return self.sample(text, seed, guidance_weight, progress, watch)
+            return self.sample(text, seed, guidance_weight, progress, watch, edits)
         if not self.models.names:
             raise InputError("clip: got none, expected the name of a CLIP to choose among candidates by")
         owners = [i for i, sentence in enumerate(text) for _ in range(self.config.candidates if sentence else 1)]
@@ -260,13 +296,14 @@ class Sampler:
         names = [f"{seed[i]}/{at - firsts[i]}" if at > firsts[i] else seed[i] for at, i in enumerate(owners)]
         groups = [slice(first, end) for first, end in zip(firsts, [*firsts[1:], len(owners)], strict=True)]
         texts, weights = [text[i] for i in owners], [guidance_weight[i] for i in owners]
+        given = None if edits is None else [edits[i] for i in owners]
 
         def watch_first(state: State) -> None:
             if watch is not None:
                 watch(State(state.x[firsts], state.x0[firsts], state.step))
 
         try:
-            image, retries = self.sample(texts, names, weights, progress, watch_first, groups)
+            image, retries = self.sample(texts, names, weights, progress, watch_first, given, groups)
         except GuidanceError as error:
             raise GuidanceError(owners[min(error.position, len(owners) - 1)], error.reason) from error
         similarity = self.clip_similarity(image, texts)
@@ -281,6 +318,7 @@ class Sampler:
         guidance_weight: Sequence[float],
         progress: bool = False,
         watch: Watch | None = None,
+        edits: Sequence[Edit | None] | None = None,
         groups: Sequence[slice] = (),
     ) -> tuple[Tensor, list[int]]:
         """Draw one picture for each text, seed and weight of three lists; see :meth:`best_of_n`.
@@ -291,37 +329,111 @@ class Sampler:
             guidance_weight: of each picture; 0 leaves it unguided.
             progress: show a bar over the steps.
             watch: called after each step with x, x̂0 and the step; without the pictures that fill up the batch.
+            edits: what each picture is made from beside that, all of them of one kind of walk (``Edit.walk``).
             groups: where the candidates of one request lie, which are resampled.
         """
-        count, training, dtype = len(seed), self.network.training, torch.get_default_dtype()
-        fill = -count % self.config.batch_multiple
-        texts, seeds, weights = (
-            [*values, *[values[-1]] * fill] for values in (list(text), list(seed), list(guidance_weight))
-        )
-        noise = self._noise(seeds)
+        count = len(seed)
+        given = list(edits or [None] * count)
+        if len({None if edit is None else edit.walk for edit in given}) > 1:
+            raise ValueError("edits: got several kinds of walks, expected one for all pictures of a batch")
+        texts, seeds, weights, given = (self._fill(values) for values in (text, seed, guidance_weight, given))
+        noise, edit = self._noise(seeds), given[0]
+        steps = self.list_steps(edit)
+        with self._sampling():
+            start, constrain = self._begin(given, noise)
+            weight = torch.tensor(weights, device=self.device)
+            guided = self._in_any_process(any(weights))
+            objectives = self.models.objectives(self.method, texts, noise, self.device) if guided else None
+            denoise = self._guided_denoiser(objectives, weight)
+            update = self.make_update(edit)
+            if groups and steps and objectives is not None and self.adds_noise(edit):
+                followers = [each.follow for each in (denoise, update) if hasattr(each, "follow")]
+                names = [seeds[group.start] for group in groups]
+                log_potential = partial(self._log_potential, objectives, weight)
+                update = Resampling(update, log_potential, groups, names, steps, followers)
+            image = noise(0) if start is None else start
+            states = walk(denoise, steps, update, noise, start, constrain)
+            for state in tqdm(states, total=len(steps), desc="steps", leave=False, disable=not progress):
+                image = state.x
+                if watch is not None:
+                    watch(State(state.x[:count], state.x0[:count], state.step))
+        return image[:count].clamp(-1, 1), denoise.retries.expand(len(seeds))[:count].tolist()
+
+    def _fill(self, values: Sequence[Any]) -> list[Any]:
+        """Fill a batch up to a multiple of ``batch_multiple``."""
+        return [*values, *[values[-1]] * (-len(values) % self.config.batch_multiple)]
+
+    @contextmanager
+    def _sampling(self) -> Iterator[None]:
+        """Within, the network has the weights to sample with and computes as it does when it samples."""
+        training, dtype = self.network.training, torch.get_default_dtype()
         self.network.eval()
         torch.set_default_dtype(torch.float32)  # Lightning sets another for half precision
         try:
             with self.averaged(), self._frozen():
-                weight = torch.tensor(weights, device=self.device)
-                guided = self._in_any_process(any(weights))
-                objectives = self.models.objectives(self.method, texts, noise, self.device) if guided else None
-                denoise = self._guided_denoiser(objectives, weight)
-                update = self.make_update()
-                if groups and objectives is not None and self.adds_noise:
-                    followers = [each.follow for each in (denoise, update) if hasattr(each, "follow")]
-                    names = [seeds[group.start] for group in groups]
-                    log_potential = partial(self._log_potential, objectives, weight)
-                    update = Resampling(update, log_potential, groups, names, self.steps, followers)
-                states = walk(denoise, self.steps, update, noise)
-                for state in tqdm(states, total=len(self.steps), desc="steps", leave=False, disable=not progress):
-                    image = state.x
-                    if watch is not None:
-                        watch(State(state.x[:count], state.x0[:count], state.step))
+                yield
         finally:
             torch.set_default_dtype(dtype)
             self.network.train(training)
-        return image[:count].clamp(-1, 1), denoise.retries[:count].tolist()
+
+    def _begin(self, edits: Sequence[Edit | None], noise: Noise) -> tuple[Tensor | None, Constraint | None]:
+        """Where a walk starts, (B, C, H, W), and what it keeps to; None for both without an init image."""
+        given = [edit for edit in edits if edit is not None and edit.init_image is not None]
+        if not given:
+            return None, None
+        edit, steps = given[0], self.list_steps(given[0])
+        image = start = torch.stack([each.read_image(noise.shape) for each in given]).to(self.device)
+        draw: Callable[[int | str], Tensor] = noise
+        if edit.invert and steps:
+            start = torch.stack([self._invert(given)[key][0] for key in map(self._inversion_key, given)])
+            found = to_eps(image, start, steps[0].alpha_bar_t)
+            draw = partial(lambda eps, _: eps, found)  # what is known comes from the same noise
+        elif steps:
+            start = noise(0) if edit.strength == 1 else add_noise(image, noise(0), steps[0].alpha_bar_t)
+        if not edit.masked:
+            return start, None
+        mask = torch.stack([each.read_mask(noise.shape) for each in given]).to(self.device)
+        return start, KeepKnown(image, (edit.strength or 0) * mask, len(self.schedule), draw)
+
+    def _invert(self, edits: Sequence[Edit]) -> dict[Any, tuple[Tensor, float]]:
+        """For each edit, the x_t at which DDIM's steps without guidance lead to its picture, and by how much they miss.
+
+        What they miss it by is a root mean square, of pictures in [-1, 1].
+        """
+        keys = [self._inversion_key(edit) for edit in edits]
+        missing = {key: edit for key, edit in zip(keys, edits, strict=True) if key not in self._inversions}
+        found = {key: self._inversions[key] for key in keys if key in self._inversions}
+        if self._in_any_process(bool(missing)):
+            missing = missing or {keys[0]: edits[0]}
+            noise = self._noise(self._fill([0] * len(missing)))
+            images = [edit.read_image(noise.shape) for edit in self._fill(list(missing.values()))]
+            image = torch.stack(images).to(self.device)
+            denoise = self._guided_denoiser(None, torch.zeros(len(images), device=self.device))
+            steps = self.list_steps(edits[0], repeats=1)
+            up = [step for step in reversed(steps) for _ in range(INVERSION_PASSES)]
+            *_, top = walk(denoise, up, Inversion(), noise, image)
+            *_, back = walk(denoise, steps, ddim(0.0), noise, top.x)
+            errors = rms(back.x - image).flatten().tolist()
+            found |= {key: (top.x[i], errors[i]) for i, key in enumerate(missing)}
+        self._inversions = dict([*self._inversions.items(), *found.items()][-max(MOST_INVERSIONS, len(found)) :])
+        return found
+
+    def _inversion_key(self, edit: Edit) -> Any:
+        config = self.config
+        return hash_source(edit.init_image or ""), edit.outpaint, edit.strength, config.skip_steps, config.skip_type
+
+    def describe(self, edit: Edit | None) -> dict[str, Any]:
+        """How an edited picture is made otherwise than :meth:`settings` says, and what was given for it."""
+        if edit is None:
+            return {}
+        record = edit.to_record()
+        if edit.masked:
+            record["repeats"] = self.repeats(edit)
+        if edit.invert:
+            record["sampler"] = "ddim(eta=0)"
+            key = self._inversion_key(edit)
+            record["round_trip_error"] = self._inversions[key][1] if key in self._inversions else None
+        return record
 
     def _noise(self, seed: Sequence[int | str]) -> Noise:
         return Noise(seed, (self.architecture.unet.image_channels, *self.architecture.size), self.device)
@@ -400,7 +512,7 @@ class Sampler:
         return {
             "method": self.method_name,
             "steps": config.skip_steps,
-            "repeats": self.repeats,
+            "repeats": self.repeats(),
             "candidates": config.candidates,
             "interval": list(self.interval),
             **({} if config.weight_schedule is None else {"weight_schedule": config.weight_schedule}),

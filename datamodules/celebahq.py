@@ -19,9 +19,9 @@ from clipward.datamodules.loading import (
     training_loader,
     validation_loader,
 )
-from clipward.datamodules.pictures import CONVERTERS, UnreadablePicture, check_picture, read_picture
 from clipward.datamodules.sources import EXPECTED, Sources, find_column, open_rows, take_rows
 from clipward.errors import InputError, shorten
+from clipward.pictures import CONVERTERS, UnreadablePicture, check_picture, read_picture
 
 VAL_SHARE, VAL_MOST = 0.02, 512
 
@@ -168,7 +168,7 @@ class Pictures(Dataset[dict]):
         captions: one for each, if there are any.
         labels: (N, attributes) in int64, likewise.
         cache: keep the resized pictures in memory.
-        channels: C, as in :func:`clipward.datamodules.pictures.read_picture`.
+        channels: C, as in :func:`clipward.pictures.read_picture`.
     """
 
     def __init__(

@@ -2,22 +2,24 @@
 
 import os
 from collections.abc import Iterable, Iterator, Sequence, Set, Sized
-from dataclasses import asdict, replace
-from itertools import islice
+from dataclasses import fields, replace
 from typing import Any, Literal
 
 import lightning as L
 from torch.utils.data import DataLoader, IterableDataset
 
+from clipward.datamodules.edits import Edits
 from clipward.datamodules.requests import MOST_SEED, Request, check_seed, check_weight
-from clipward.datamodules.rows import Product, read_prompts, read_rows
+from clipward.datamodules.rows import Product, Rows, read_prompts, read_rows
+from clipward.editing import Edit, walks
 from clipward.errors import InputError, shorten
 
 MOST_SAMPLES = 2**31 - 1
+MOST_WAITING = 64  # kinds of walks
 
 
 class PromptDataModule(L.LightningDataModule):
-    """Requests for every seed × text × weight, numbered with the seeds outermost.
+    """Requests for every seed × init image × text × weight, numbered with the seeds outermost.
 
     Args:
         text: sentences that guide the pictures; without any they are unguided.
@@ -26,12 +28,19 @@ class PromptDataModule(L.LightningDataModule):
         seed: the first seed. Pictures of one seed start from the same noise.
         unguided: whether to draw each seed without guidance too, ahead of its texts.
         prompts: where requests stand, in place of ``text``: a ``.txt`` file with a text a line, used as ``text`` is; or
-            rows that have ``text`` and may have ``seed`` and ``guidance_weight``, and nothing else, each a request
-            (``n_samples`` seeds of it where it names no seed): a ``.jsonl`` file, a ``.parquet`` file, a data set on
-            the hub, or in Python what gives dictionaries whenever it is iterated, such as a streaming set of
-            ``datasets``. Files are checked as a whole first and then read row by row; a stream is checked as it comes.
+            rows that have ``text`` and may have ``seed``, ``guidance_weight`` and the arguments of an edit, and nothing
+            else, each a request (``n_samples`` seeds of it where it names no seed): a ``.jsonl`` file, a ``.parquet``
+            file, a data set on the hub, or in Python what gives dictionaries whenever it is iterated, such as a
+            streaming set of ``datasets``. Files are checked as a whole first and then read row by row; a stream is
+            checked as it comes.
         micro_batch: pictures that are sampled at once on each device; ``auto`` is as many as fit on a GPU, and 16
             on a CPU.
+        init_image: pictures to edit: a file, or a folder of them. The rows of ``prompts`` may name their own, as they
+            may name all that follows; their paths are relative to the file of the rows.
+        strength: see :class:`clipward.editing.Edit`, as for all that follows.
+        mask: a file.
+        outpaint: left, top, right and bottom.
+        invert: begin at the noise that leads to the init image.
 
     Raises:
         InputError: for a value out of range, and for a file that can't be read or has a row that is no request.
@@ -46,6 +55,11 @@ class PromptDataModule(L.LightningDataModule):
         unguided: bool = True,
         prompts: str | Iterable[dict[str, Any]] | None = None,
         micro_batch: int | Literal["auto"] = 16,
+        init_image: str | None = None,
+        strength: float | None = None,
+        mask: str | None = None,
+        outpaint: list[float] | None = None,
+        invert: bool | None = None,
     ) -> None:
         super().__init__()
         self.micro_batch = (
@@ -62,13 +76,26 @@ class PromptDataModule(L.LightningDataModule):
         texts = _check_list("text", text, "sentences", [])
         if texts and prompts is not None:
             raise InputError("prompts: got --text and --prompts, expected one of them")
-        self.requests: Iterable[Request]
+        edits = Edits(
+            {
+                "init_image": init_image,
+                "strength": strength,
+                "mask": mask,
+                "outpaint": outpaint,
+                "invert": invert,
+            }
+        )
+        self.requests: Product | Rows
         if prompts is None:
-            self.requests = Product(texts, weights, seeds, unguided)
+            self.requests = Product(texts, weights, seeds, unguided, edits.default)
         elif isinstance(prompts, str | os.PathLike):
-            self.requests = read_prompts(os.fspath(prompts), weights, seeds, unguided)
+            self.requests = read_prompts(os.fspath(prompts), weights, seeds, unguided, edits)
         else:
-            self.requests = read_rows(prompts, weights, seeds)
+            self.requests = read_rows(prompts, weights, seeds, edits)
+
+    def list_walks(self) -> list[Edit | None]:
+        """One edit for each kind of walk that the requests have; None stands for pictures without any."""
+        return walks(self.requests.edits())
 
     def predict_dataloader(self) -> DataLoader:
         """This process's share of what is not ``done``."""
@@ -79,9 +106,15 @@ class PromptDataModule(L.LightningDataModule):
 
         An unguided picture is drawn once for each seed, for it is the same whatever the text.
         """
+        if any(edit is not None for edit in self.list_walks()):
+            raise InputError("init_image: test judges pictures that texts alone make, expected none; use predict")
         plain = {request.seed: replace(request, text="") for request in self.requests if not request.guidance_weight}
         guided = [request for request in self.requests if request.guidance_weight]
         return self._loader([*plain.values(), *sorted(guided, key=lambda request: request.guidance_weight)])
+
+    def transfer_batch_to_device(self, batch: dict[str, list], device: Any, dataloader_idx: int) -> dict[str, list]:
+        """As it is, for requests hold no tensors."""
+        return batch
 
     def _loader(self, requests: Iterable[Request]) -> DataLoader:
         rank, world = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
@@ -96,7 +129,8 @@ class Dealt(IterableDataset):
 
     Each round takes world × micro_batch requests and gives every process as many as the others. What is missing to
     that is made up for by copies that are not ``valid``, so that processes which work on one network together stay in
-    step: a batch is a list for each of ``index``, ``text``, ``seed``, ``guidance_weight`` and ``valid``.
+    step: a batch is a list for each of ``index``, ``text``, ``seed``, ``guidance_weight``, ``edit`` and ``valid``. The
+    edits of a round have the same kind of walk, so what comes between waits for more of its kind, or for the end.
 
     Args:
         requests: all of them, in an order that is the same in every process.
@@ -112,20 +146,35 @@ class Dealt(IterableDataset):
         self.requests, self.micro_batch, self.done, self.rank, self.world = requests, micro_batch, done, rank, world
 
     def __iter__(self) -> Iterator[dict[str, list]]:
-        left = (request for request in self.requests if request.index not in self.done)
-        while dealt := list(islice(left, self.micro_batch * self.world)):
-            share = -(-len(dealt) // self.world)
-            own = [asdict(request) | {"valid": True} for request in dealt[self.rank :: self.world]]
-            own += [asdict(dealt[-1]) | {"valid": False}] * (share - len(own))
-            yield {name: [row[name] for row in own] for name in own[0]}
+        waiting: dict[Any, list[Request]] = {}
+        for request in self.requests:
+            if request.index not in self.done:
+                kind = None if request.edit is None else request.edit.walk
+                alike = waiting.setdefault(kind, [])
+                alike.append(request)
+                if len(alike) == self.micro_batch * self.world:
+                    yield self._deal(waiting.pop(kind))
+                elif len(waiting) > MOST_WAITING:
+                    yield self._deal(waiting.pop(next(iter(waiting))))
+        for alike in waiting.values():
+            yield self._deal(alike)
+
+    def _deal(self, dealt: list[Request]) -> dict[str, list]:
+        share = -(-len(dealt) // self.world)
+        own = dealt[self.rank :: self.world]
+        valid = [i < len(own) for i in range(share)]
+        own += [dealt[-1]] * (share - len(own))
+        return {field.name: [getattr(request, field.name) for request in own] for field in fields(Request)} | {
+            "valid": valid
+        }
 
     def __len__(self) -> int:
         """Batches.
 
         Raises:
-            TypeError: for a stream, which doesn't know it.
+            TypeError: for a stream, and for rows that walk in several ways, which don't know it.
         """
-        if not isinstance(self.requests, Sized):
+        if not isinstance(self.requests, Sized) or getattr(self.requests, "kinds", 1) > 1:
             raise TypeError("a stream has no length")
         return -(-(len(self.requests) - len(self.done)) // (self.micro_batch * self.world))
 

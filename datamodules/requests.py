@@ -3,14 +3,16 @@
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
 
+from clipward.editing import Edit
 from clipward.errors import InputError, list_names, shorten
 from clipward.texts import split_text
 
-FIELDS = ("text", "seed", "guidance_weight")
+EDIT_FIELDS = tuple(field.name for field in fields(Edit) if field.name != "image_prompt")
+FIELDS = ("text", "seed", "guidance_weight", *EDIT_FIELDS)
 MOST_SEED = 2**63 - 1  # parquet has no larger whole numbers
 # Control characters but white space, a byte order mark, and halves of characters, which no file can hold.
 FAULTY = re.compile("[\x00-\x08\x0e-\x1f\x7f\ufeff\ud800-\udfff]")
@@ -26,6 +28,7 @@ class Request:
             is 0.
         seed: from 0 to 2**63 − 1.
         guidance_weight: a finite number; 0 is unguided.
+        edit: the pictures that it is made from.
 
     Raises:
         InputError: for anything else.
@@ -35,6 +38,7 @@ class Request:
     text: str
     seed: int
     guidance_weight: float
+    edit: Edit | None = None
 
     def __post_init__(self) -> None:
         for name, value in (
@@ -43,7 +47,8 @@ class Request:
             ("guidance_weight", check_weight(self.guidance_weight)),
         ):
             object.__setattr__(self, name, value)
-        if self.guidance_weight and not self.text.strip():
+        like_a_picture = self.edit is not None and self.edit.image_prompt is not None
+        if self.guidance_weight and not self.text.strip() and not like_a_picture:
             raise InputError(
                 f"text: got {shorten(self.text)}, expected a sentence; use guidance_weight 0 for an unguided picture"
             )
@@ -97,5 +102,5 @@ def check_columns(names: Iterable[Any]) -> None:
     unknown = [name for name in given if name not in FIELDS]
     if unknown:
         raise InputError(f"got {list_names(unknown)}, expected no other keys than {', '.join(FIELDS)}")
-    if "text" not in given:
+    if "text" not in given and "image_prompt" not in given:
         raise InputError(f"got {list_names(given) or 'no key'}, expected a text")

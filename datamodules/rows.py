@@ -8,40 +8,61 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from clipward.datamodules.edits import Edits
 from clipward.datamodules.loading import load_from_hub
 from clipward.datamodules.requests import Request, check_columns, check_text
+from clipward.editing import Edit
 from clipward.errors import InputError, first_line, shorten
 
 EXPECTED = "a .txt, .jsonl or .parquet file or the name of a data set on the hub"
 EXAMPLE = '{"text": "a man", "seed": 1}'
 MOST_BYTES = 2**20  # of a line in a file
 
+Part = tuple[str, Sequence[int], Sequence[float], Sequence[Edit | None]]
+
 
 class Product:
-    """Every seed × (unguided, then text × weight)."""
+    """Every seed × edit × (unguided, then text × weight)."""
 
-    def __init__(self, texts: Sequence[str], weights: Sequence[float], seeds: Sequence[int], unguided: bool) -> None:
+    def __init__(
+        self,
+        texts: Sequence[str],
+        weights: Sequence[float],
+        seeds: Sequence[int],
+        unguided: bool,
+        edits: Sequence[Edit | None] = (None,),
+    ) -> None:
         for text in texts:
             if not check_text(text).strip():
                 raise InputError(f"text: got {shorten(text)}, expected a sentence; leave it out for unguided pictures")
+        if not texts and any(edit is not None and edit.image_prompt is not None for edit in edits):
+            texts = [""]  # the picture guides alone
         plain = [("", 0.0)] if unguided or not texts else []
-        self.seeds, self.cells = seeds, plain + [(sentence, weight) for sentence in texts for weight in weights]
+        self.seeds, self._edits = seeds, edits
+        self.cells = plain + [(sentence, weight) for sentence in texts for weight in weights]
 
     def __len__(self) -> int:
-        return len(self.seeds) * len(self.cells)
+        return len(self.seeds) * len(self._edits) * len(self.cells)
 
     def __iter__(self) -> Iterator[Request]:
-        cells = ((text, seed, weight) for seed in self.seeds for text, weight in self.cells)
+        cells = (
+            (text, seed, weight, edit) for seed in self.seeds for edit in self._edits for text, weight in self.cells
+        )
         return (Request(index, *cell) for index, cell in enumerate(cells))
+
+    def edits(self) -> Iterator[Edit | None]:
+        """Those of the requests."""
+        return iter(self._edits)
 
 
 class Rows:
     """The requests of rows that come one after another, as many as there are.
 
     Args:
-        rows: mappings with ``text``, and ``seed`` and ``guidance_weight`` where they have their own.
+        rows: mappings with ``text``, and ``seed``, ``guidance_weight`` and an edit where they have their own.
         weights: of a row that has none.
         seeds: likewise.
+        edits: likewise.
         source: what the rows are, for an error.
 
     Raises:
@@ -49,20 +70,31 @@ class Rows:
     """
 
     def __init__(
-        self, rows: Iterable[Any], weights: Sequence[float], seeds: Sequence[int], source: str = "the data set"
+        self,
+        rows: Iterable[Any],
+        weights: Sequence[float],
+        seeds: Sequence[int],
+        edits: Edits,
+        source: str = "the data set",
     ) -> None:
         self.rows, self.weights, self.seeds, self.source = rows, weights, seeds, source
+        self._edits = edits
 
     def __iter__(self) -> Iterator[Request]:
         index = 0
-        for text, seeds, weights in self._parts():
+        for text, seeds, weights, edits in self._parts():
             for seed in seeds:
-                for weight in weights:
-                    yield Request(index, text, seed, weight)
-                    index += 1
+                for edit in edits:
+                    for weight in weights:
+                        yield Request(index, text, seed, weight, edit)
+                        index += 1
 
-    def _parts(self) -> Iterator[tuple[str, Sequence[int], Sequence[float]]]:
-        """The text, the seeds and the weights of each row, checked."""
+    def edits(self) -> Iterator[Edit | None]:
+        """Those of the requests."""
+        return (edit for *_, edits in self._parts() for edit in edits)
+
+    def _parts(self) -> Iterator[Part]:
+        """The text, the seeds, the weights and the edits of each row, checked."""
         number = 0
         for number, row in self._numbered():
             with _name_row(number, self.source):
@@ -74,16 +106,17 @@ class Rows:
     def _numbered(self) -> Iterator[tuple[int, Any]]:
         return enumerate(self.rows, start=1)
 
-    def _read(self, row: Any) -> tuple[str, Sequence[int], Sequence[float]]:
+    def _read(self, row: Any) -> Part:
         if not isinstance(row, Mapping):
             raise InputError(f"got {shorten(row)}, expected a row such as {EXAMPLE}")
         check_columns(row)
         seed, weight = row.get("seed"), row.get("guidance_weight")
         seeds = self.seeds if seed is None else [seed]
         weights = self.weights if weight is None else [weight]
+        text, edits = row.get("text", "" if "image_prompt" in row else None), self._edits.of_row(row)
         for each in weights:
-            Request(0, row["text"], seeds[0], each)
-        return row["text"], seeds, weights
+            Request(0, text, seeds[0], each, edits[0])
+        return text, seeds, weights, edits
 
 
 class Counted(Rows):
@@ -91,7 +124,11 @@ class Counted(Rows):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.count = sum(len(seeds) * len(weights) for _, seeds, weights in self._parts())
+        self.count, kinds = 0, set()
+        for _, seeds, weights, edits in self._parts():
+            self.count += len(seeds) * len(weights) * len(edits)
+            kinds |= {edit and edit.walk for edit in edits}
+        self.kinds = len(kinds)  # of walks
 
     def __len__(self) -> int:
         return self.count
@@ -103,11 +140,13 @@ class JsonLines(Counted):
     def _numbered(self) -> Iterator[tuple[int, Any]]:
         return iter(self.rows)
 
-    def _read(self, row: str) -> tuple[str, Sequence[int], Sequence[float]]:
+    def _read(self, row: str) -> Part:
         return super()._read(_parse(row))
 
 
-def read_prompts(name: str, weights: Sequence[float], seeds: Sequence[int], unguided: bool) -> Iterable[Request]:
+def read_prompts(
+    name: str, weights: Sequence[float], seeds: Sequence[int], unguided: bool, edits: Edits
+) -> Product | Rows:
     """The requests of a file, or of a data set on the hub."""
     suffix = Path(name).suffix.lower()
     source = shorten(name)
@@ -116,30 +155,30 @@ def read_prompts(name: str, weights: Sequence[float], seeds: Sequence[int], ungu
         if rows.column_names is not None:
             with _name_row(None, source):
                 check_columns(rows.column_names)
-        return Rows(_Stream(rows, source), weights, seeds, source)
+        return Rows(_Stream(rows, source), weights, seeds, edits, source)
     if not os.path.isfile(name):
         what = f"got {source}, which is no regular file" if os.path.exists(name) else f"there is no file {source}"
         raise InputError(f"prompts: {what}; expected {EXPECTED}")
     if suffix == ".parquet":
-        return Counted(_Table(name), weights, seeds, source)
+        return Counted(_Table(name), weights, seeds, edits.beside(name), source)
     if suffix == ".jsonl":
-        return JsonLines(_Lines(name), weights, seeds, source)
+        return JsonLines(_Lines(name), weights, seeds, edits.beside(name), source)
     texts = []
     for number, line in _Lines(name):
         with _name_row(number, source):
             texts.append(check_text(line))
     if not texts:
         raise InputError(f"prompts: got {source} without a text, expected a sentence a line")
-    return Product(texts, weights, seeds, unguided)
+    return Product(texts, weights, seeds, unguided, edits.default)
 
 
-def read_rows(rows: Any, weights: Sequence[float], seeds: Sequence[int]) -> Rows:
+def read_rows(rows: Any, weights: Sequence[float], seeds: Sequence[int], edits: Edits) -> Rows:
     """The requests of what Python code gives."""
     if not isinstance(rows, Iterable) or isinstance(rows, Iterator | Mapping | bytes):
         raise InputError(
             f"prompts: got {shorten(rows)}, expected what gives rows whenever it is iterated, as a list does"
         )
-    return (Counted if isinstance(rows, Sized) else Rows)(rows, weights, seeds)
+    return (Counted if isinstance(rows, Sized) else Rows)(rows, weights, seeds, edits)
 
 
 @contextmanager

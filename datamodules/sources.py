@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from clipward.datamodules.loading import load_from_hub
-from clipward.datamodules.pictures import SUFFIXES
 from clipward.errors import InputError, first_line, list_names, shorten
+from clipward.pictures import SUFFIXES
 
 METADATA = "metadata.jsonl"
 EXPECTED = "a folder of pictures, a parquet file or the name of a data set on the hub"
@@ -81,16 +81,18 @@ class Folder:
         column: what the column is called.
         names: of the files, below ``path``; by default those that its ``metadata.jsonl`` names, or without one all that
             have a picture's suffix.
+        field: the setting that names it, for errors.
 
     Raises:
         InputError: where there are none.
     """
 
-    def __init__(self, path: Path, column: str, names: Sequence[str] | None = None) -> None:
-        self.path, self.column = path, column
+    def __init__(self, path: Path, column: str, names: Sequence[str] | None = None, field: str = "data.path") -> None:
+        self.path, self.column, self.field = path, column, field
         self.names = self._scan() if names is None else names
         if not self.names:
-            raise InputError(f"data.path: got {shorten(path)}, which holds no pictures; expected {EXPECTED}")
+            expected = EXPECTED if field == "data.path" else "a picture or a folder of them"
+            raise InputError(f"{field}: got {shorten(path)}, which holds no pictures; expected {expected}")
 
     def _scan(self) -> list[str]:
         if (self.path / METADATA).is_file():
@@ -104,7 +106,7 @@ class Folder:
             lines = (self.path / METADATA).read_text(encoding="utf-8").splitlines()
             names = [str(json.loads(line)["file_name"]) for line in lines if line.strip()]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            message = f"data.path: got {shorten(self.path)}, whose {METADATA} can't be read ({first_line(error)})"
+            message = f"{self.field}: got {shorten(self.path)}, whose {METADATA} can't be read ({first_line(error)})"
             raise InputError(message) from error
         return sorted(name for name in names if (self.path / name).is_file())
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from clipward.diffusion.bound import variational_bound
 from clipward.diffusion.denoiser import Parametrisation, add_noise, to_x0, training_target
+from clipward.editing import Edit
 from clipward.errors import InputError
 from clipward.files import state_hash
 from clipward.guidance.core import GuidanceError
@@ -63,6 +64,8 @@ class HasRequests(Protocol):
     """Data of ``predict`` and ``test``."""
 
     requests: Iterable[Guided]
+
+    def list_walks(self) -> list[Edit | None]: ...
 
 
 @runtime_checkable
@@ -143,7 +146,8 @@ class DDPMModule(Reproducible):
         self.sampler = Sampler(self.unet, self.architecture, self.models, self.sampling, self.averaged, any_process)
         self.schedule = self.sampler.schedule
         if self._trainer is not None and (self.trainer.predicting or self.trainer.testing):
-            self.sampler.check()
+            data = self.trainer.datamodule
+            self.sampler.check(data.list_walks() if isinstance(data, HasRequests) else [None])
             check_shown(self.architecture.unet.image_channels)
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -239,28 +243,29 @@ class DDPMModule(Reproducible):
     # sampling
 
     def predict_step(self, batch: dict[str, list], batch_idx: int) -> dict[str, Any]:
-        """Make the pictures of a batch of requests (a list for each of index, text, seed and guidance_weight).
+        """Make the pictures of a batch of requests (a list for each of index, text, seed, guidance_weight and edit).
 
         Returns:
             ``image``: (B, C, H, W) in [-1, 1]; ``clip_similarity``: a cosine for each picture that has a text, else
             None; ``float32_retries``: for each picture, the number of steps that were computed again in float32;
-            ``provenance``: what all pictures of this run have in common.
+            ``edit``: for each picture, what was given to edit and how that was done; ``provenance``: what all pictures
+            of this run have in common.
         """
         # Gradients are needed here, and Lightning's Trainer predicts in inference mode by default.
         with torch.inference_mode(False), torch.enable_grad():
             if any(p.is_inference() for p in self.unet.parameters()):
                 raise RuntimeError("the network was made in inference mode and can't guide")
             try:
-                image, retries = self.sampler.sample_in_chunks(
-                    batch["text"], batch["seed"], batch["guidance_weight"], self._shows_progress
-                )
+                request = batch["text"], batch["seed"], batch["guidance_weight"]
+                image, retries = self.sampler.sample_in_chunks(*request, self._shows_progress, edits=batch["edit"])
             except GuidanceError as error:
-                request = {name: values[error.position] for name, values in batch.items()}
-                raise GuidanceError(error.position, f"{error.reason} in request {request}") from error
+                where = {name: values[error.position] for name, values in batch.items()}
+                raise GuidanceError(error.position, f"{error.reason} in request {where}") from error
             return {
                 "image": image,
                 "clip_similarity": self.sampler.clip_similarity(image, batch["text"]),
                 "float32_retries": retries,
+                "edit": [self.sampler.describe(edit) for edit in batch["edit"]],
                 "provenance": self.provenance(),
             }
 

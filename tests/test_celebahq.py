@@ -23,8 +23,8 @@ from pyarrow import parquet
 from torch import Tensor
 
 from clipward.datamodules.celebahq import CelebAHQDataModule
-from clipward.datamodules.pictures import UnreadablePicture, check_picture, read_picture
 from clipward.errors import InputError
+from clipward.pictures import UnreadablePicture, check_picture, read_picture
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from clipward.callbacks.figure import GAP, Cell, draw_figure
 from clipward.cli import main
 from clipward.datamodules.celebahq import CelebAHQDataModule
 from clipward.datamodules.faces import Faces, FacesDataModule
-from clipward.datamodules.pictures import read_picture
 from clipward.errors import InputError
 from clipward.guidance.core import grad_pixels
 from clipward.guidance.models import GuidanceConfig, GuidanceModels
@@ -23,6 +22,7 @@ from clipward.model import Model, load
 from clipward.networks.channels import to_rgb
 from clipward.networks.clip import Clip
 from clipward.networks.unet import UNet
+from clipward.pictures import read_picture
 from clipward.sampler import Sampler, SamplingConfig, to_picture
 from clipward.weights.architecture import Architecture, Weights
 from clipward.weights.diffusers import save_diffusers

@@ -14,11 +14,11 @@ LAYERS = [  # from the top; what stands in one line never imports its neighbours
     {"clipward.sampler"},
     {"clipward.guidance", "clipward.evaluation", "clipward.weights"},
     {"clipward.networks"},
-    {"clipward.diffusion", "clipward.files", "clipward.texts"},
-    {"clipward.yaml_files"},
+    {"clipward.diffusion", "clipward.files", "clipward.texts", "clipward.editing"},
+    {"clipward.yaml_files", "clipward.pictures"},
     {"clipward.errors", "clipward.allocator"},
 ]
-DATAMODULES_MAY = {"clipward.datamodules", "clipward.errors", "clipward.files", "clipward.texts", "clipward.yaml_files"}
+DATAMODULES_MAY = {"clipward.datamodules", *set().union(*LAYERS[-3:])} - {"clipward.diffusion", "clipward.allocator"}
 FILES = [
     *ROOT.glob("clipward/**/*.py"),
     ROOT / "cli.py",

@@ -70,7 +70,14 @@ def test_batches_are_lists_and_leave_out_what_is_done() -> None:
     data = PromptDataModule(text=["a man"], guidance_weight=[9], n_samples=3, unguided=False, micro_batch=2)
     data.done = frozenset({1})
     assert list(data.predict_dataloader()) == [
-        {"index": [0, 2], "text": ["a man", "a man"], "seed": [0, 2], "guidance_weight": [9, 9], "valid": [True, True]}
+        {
+            "index": [0, 2],
+            "text": ["a man", "a man"],
+            "seed": [0, 2],
+            "guidance_weight": [9, 9],
+            "edit": [None, None],
+            "valid": [True, True],
+        }
     ]
 
 

@@ -76,6 +76,17 @@ REQUEST_FLAGS = {
         "pictures drawn at once on each device; auto takes as many as fit", "N", int | Literal["auto"], 16
     ),
 }
+EDIT_FLAGS = {
+    "init_image": Flag("a picture to edit, or a folder of them", "FILE", str),
+    "strength": Flag(
+        "how far it may change: from 0, not at all, to 1 (default:\N{NO-BREAK SPACE}0.6, or 1 with a mask)",
+        "X",
+        float,
+    ),
+    "mask": Flag("where it is drawn anew: white is, black stays", "FILE", str),
+    "outpaint": Flag("draw more on its left, top, right and bottom, in shares", "L T R B", float, several=True),
+    "invert": Flag("begin at the noise that leads to it, which keeps more of it"),
+}
 FOLDER_FLAGS = {
     "save_dir": Flag("the folder to write to", "DIR", str),
     "overwrite": Flag("replace what another command wrote there", "BOOL", bool, False),
@@ -98,7 +109,7 @@ FLAGS = {
     "fit": MODEL_FLAGS,
     "validate": MODEL_FLAGS,
     "test": MODEL_FLAGS | REQUEST_FLAGS | FOLDER_FLAGS | JUDGE_FLAGS,
-    "predict": MODEL_FLAGS | REQUEST_FLAGS | FOLDER_FLAGS | OUTPUT_FLAGS,
+    "predict": MODEL_FLAGS | REQUEST_FLAGS | EDIT_FLAGS | FOLDER_FLAGS | OUTPUT_FLAGS,
 }
 DEFAULTS: dict[str, dict[str, Any]] = {  # where a command has its own
     "test": {"n_samples": 16, "save_dir": "out/test"},

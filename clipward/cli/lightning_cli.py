@@ -31,7 +31,7 @@ from clipward.callbacks.evaluation import Evaluation
 from clipward.callbacks.gallery import Output
 from clipward.callbacks.prediction_writer import PredictionWriter
 from clipward.callbacks.signals import MAIN, PATIENCE, Stopped, StopSignals, end_with_main, is_launched, wait_for_main
-from clipward.cli.flags import DEFAULTS, FLAGS, MODEL_FLAGS, REQUEST_FLAGS, Flag
+from clipward.cli.flags import DEFAULTS, EDIT_FLAGS, FLAGS, MODEL_FLAGS, REQUEST_FLAGS, Flag
 from clipward.cli.help import COMMANDS
 from clipward.cli.messages import first_process
 from clipward.cli.own_samples import draw_own_samples
@@ -196,7 +196,8 @@ class ClipwardCLI(LightningCLI):
                 arguments = config.model.init_args
                 method = choose_method(arguments.sampling.method, GuidanceConfig(**arguments.guidance.as_dict()))
                 config.guidance_weight = [METHODS[method].weight]
-            self.requests = PromptDataModule(**{name: config[name] for name in REQUEST_FLAGS})
+            given = REQUEST_FLAGS | (EDIT_FLAGS if self.subcommand == "predict" else {})
+            self.requests = PromptDataModule(**{name: config[name] for name in given})
             if self.subcommand == "predict":
                 text = self._parser("predict").dump(config, skip_unset=False)
                 self.callback = PredictionWriter(

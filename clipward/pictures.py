@@ -48,6 +48,17 @@ def check_picture(source: str | bytes) -> None:
         _open(source).close()
 
 
+def size_of(source: str | bytes) -> tuple[int, int]:
+    """The width and height of a picture, a file's path or its bytes, once it is upright.
+
+    Raises:
+        UnreadablePicture: as :func:`check_picture`.
+    """
+    with _reporting(), _open(source) as picture:
+        width, height = picture.size
+        return (height, width) if _orientation(picture) >= 5 else (width, height)
+
+
 def read_picture(source: str | bytes, size: int | tuple[int, int], channels: int = 3) -> Tensor:
     """Read a picture, a file's path or its bytes, upright by its EXIF.
 

@@ -1,0 +1,67 @@
+"""The edits of requests: what the flags give, and what a row has of its own in their place."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from clipward.datamodules.requests import EDIT_FIELDS
+from clipward.datamodules.sources import Folder
+from clipward.editing import PICTURES, Edit
+from clipward.errors import InputError, shorten
+
+
+class Edits:
+    """The edits that each request is drawn with, as it is drawn with each weight.
+
+    Args:
+        options: arguments of an :class:`Edit`, None or False where they are not given. The init image may be a folder,
+            each of whose pictures is edited.
+        folder: what the paths in rows are relative to.
+
+    Raises:
+        InputError: where a picture can't be read, or the options don't go together.
+    """
+
+    def __init__(self, options: Mapping[str, Any], folder: Path = Path()) -> None:
+        self.options, self.folder = options, folder
+        self._checked: set[Any] = set()
+        self.default = self._make(options)
+
+    def beside(self, file: str) -> "Edits":
+        """The same for the rows of a file, whose paths are relative to its own."""
+        return Edits(self.options, Path(file).parent)
+
+    def of_row(self, row: Mapping[str, Any]) -> list[Edit | None]:
+        """The edits of a row: its own, completed by those of the flags."""
+        own = {name: row[name] for name in EDIT_FIELDS if row.get(name) is not None}
+        if not own:
+            return self.default  # which is checked already
+        for name in PICTURES:
+            if isinstance(own.get(name), str):
+                own[name] = os.path.join(self.folder, own[name])  # which leaves an absolute path as it is
+        return self._make({**self.options, **own})
+
+    def _make(self, options: Mapping[str, Any]) -> list[Edit | None]:
+        given = {name: value for name, value in options.items() if value is not None}
+        if not any(given.values()) and "strength" not in given:
+            return [None]
+        init_image = given.get("init_image")
+        images = [init_image]
+        if isinstance(init_image, str) and os.path.isdir(init_image):
+            folder = Folder(Path(init_image), "image", field="init_image")
+            images = [os.path.join(init_image, name) for name in folder.names]
+        edits = [Edit(**{**given, "init_image": image}) for image in images]
+        for edit in edits:
+            self._check(edit)
+        return list(edits)
+
+    def _check(self, edit: Edit) -> None:
+        """Read each picture once, so that one which can't be is found before anything is drawn."""
+        for name in PICTURES:
+            source = getattr(edit, name)
+            if source is not None and (name, source) not in self._checked:
+                if not isinstance(source, str):
+                    raise InputError(f"{name}: got {shorten(source)}, expected a picture's file")
+                edit.check(name)
+                self._checked.add((name, source))

@@ -1,0 +1,360 @@
+"""Editing: init images, masks, outpainting and inversion, by closed forms and on small models."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import metadata, tiny_module
+from PIL import Image
+from torch import Tensor
+
+import clipward
+from clipward.cli import main
+from clipward.datamodules.prompts import PromptDataModule
+from clipward.diffusion.denoiser import Prediction, add_noise, to_eps
+from clipward.diffusion.sampling import Inversion, KeepKnown, Noise, ancestral, ddim, sample
+from clipward.diffusion.schedule import Schedule, Step, time_travel
+from clipward.editing import Edit
+from clipward.errors import InputError
+from clipward.sampler import Sampler, SamplingConfig, to_picture
+
+SCHEDULE = Schedule.from_name("cosine", 1000)
+
+
+# closed forms: pictures of four pixels in a row, whose distribution is a normal one with a covariance
+
+PIXELS = 4
+MEAN = torch.tensor([0.3, -0.2, 0.1, 0.4], dtype=torch.float64)
+COVARIANCE = 0.25 * 0.8 ** (torch.arange(PIXELS)[:, None] - torch.arange(PIXELS)).abs().double()
+
+
+def ideal(x: Tensor, step: Step) -> Prediction:
+    """E[x0 | x_t], which the best of all networks would predict."""
+    a = step.alpha_bar_t
+    gain = a**0.5 * COVARIANCE @ torch.linalg.inv(a * COVARIANCE + (1 - a) * torch.eye(PIXELS, dtype=torch.float64))
+    flat = x.double().reshape(-1, PIXELS)
+    x0 = (MEAN + (flat - a**0.5 * MEAN) @ gain.T).reshape(x.shape)
+    return Prediction(x0, to_eps(x0, x.double(), a), x.new_tensor(step.posterior_variance))
+
+
+def draw_around(known: Tensor, is_new: Tensor, n: int, repeats: int, count: int = 8000) -> Tensor:
+    """(count, PIXELS): what is drawn where ``is_new``, around what is known."""
+    shape = (1, count, PIXELS)  # many pictures as the rows of one, whose noise is quick to draw
+    noise = Noise([0], shape)
+    keep = KeepKnown(known.expand(1, *shape), is_new.double().expand(1, *shape), 1000, noise)
+    *_, last = sample(ideal, time_travel(SCHEDULE.steps(n), repeats), ancestral, noise, constrain=keep)
+    return last.x.reshape(count, PIXELS)
+
+
+def test_what_is_drawn_around_a_known_part_has_its_conditional_mean_and_variance() -> None:
+    known, is_new = torch.tensor([0.9, 0.0, 0.0, -0.8], dtype=torch.float64), torch.tensor([False, True, True, False])
+    old = ~is_new
+    inverse = torch.linalg.inv(COVARIANCE[old][:, old])
+    mean = MEAN[is_new] + COVARIANCE[is_new][:, old] @ inverse @ (known - MEAN)[old]
+    covariance = COVARIANCE[is_new][:, is_new] - COVARIANCE[is_new][:, old] @ inverse @ COVARIANCE[old][:, is_new]
+    drawn = draw_around(known, is_new, n=200, repeats=10)
+    assert torch.equal(drawn[:, old], known[old].expand(len(drawn), -1))
+    torch.testing.assert_close(drawn[:, is_new].mean(dim=0), mean, atol=0.02, rtol=0)
+    torch.testing.assert_close(drawn[:, is_new].T.cov(), covariance, atol=0.01, rtol=0)
+    errors = [(draw_around(known, is_new, 50, repeats)[:, is_new].mean(dim=0) - mean).abs().max() for repeats in (1, 4)]
+    assert errors[1] < 0.4 * errors[0]  # going back up makes the new part fit the old one
+
+
+def test_an_inversion_comes_back_the_closer_the_more_steps_it_takes() -> None:
+    image = (MEAN + torch.randn(16, PIXELS, dtype=torch.float64) @ torch.linalg.cholesky(COVARIANCE).T)[:, None, None]
+
+    def round_trip(n: int, passes: int) -> float:
+        steps, noise = SCHEDULE.steps(n), Noise([0], (1, 1, PIXELS))
+        up = [step for step in reversed(steps) for _ in range(passes)]
+        *_, top = sample(ideal, up, Inversion(), noise, image)
+        *_, back = sample(ideal, steps, ddim(0.0), noise, top.x)
+        return (back.x - image).square().mean().sqrt().item()
+
+    errors = [round_trip(n, 1) for n in (10, 40, 160)]
+    assert errors[0] > 2 * errors[1] > 4 * errors[2]
+    assert round_trip(40, 3) < 0.1 * errors[1]
+    assert round_trip(160, 3) < 1e-3
+
+
+# small models
+
+
+def save_picture(path: Path, size: int = 16, seed: int = 0) -> str:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return str(path)
+
+
+def save_mask(path: Path, values: np.ndarray) -> str:
+    Image.fromarray((255 * values).astype(np.uint8)).save(path)
+    return str(path)
+
+
+LEFT_HALF = np.arange(16)[None, :].repeat(16, axis=0) < 8
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> str:
+    return save_picture(tmp_path / "picture.png")
+
+
+@pytest.fixture
+def mask(tmp_path: Path) -> str:
+    return save_mask(tmp_path / "mask.png", LEFT_HALF)
+
+
+def make_sampler(weights: Path, **settings: object) -> Sampler:
+    module = tiny_module(weights=str(weights), sampling=SamplingConfig(**{"skip_steps": 5, **settings}))
+    module.configure_model()
+    return module.sampler
+
+
+def draw(sampler: Sampler, edit: Edit | None, count: int = 2) -> Tensor:
+    return sampler.sample([""] * count, list(range(count)), [0.0] * count, edits=[edit] * count)[0]
+
+
+def test_strength_goes_from_the_picture_to_plain_sampling(tiny_weights: Path, picture: str) -> None:
+    sampler = make_sampler(tiny_weights)
+    image = Edit(picture).read_image((3, 16, 16))
+    assert torch.equal(draw(sampler, Edit(picture, strength=0)), image.expand(2, -1, -1, -1))
+    assert torch.equal(draw(sampler, Edit(picture, strength=1)), draw(sampler, None))
+    assert [step.t for step in sampler.list_steps(Edit(picture, strength=0.5))] == [40, 20, 0]
+    states = []
+    sampler.sample([""], [3], [0.0], watch=states.append, edits=[Edit(picture, strength=0.5)])
+    assert [state.step.t for state in states] == [40, 20, 0]
+
+
+def test_a_walk_starts_from_the_picture_noised_to_the_strength(
+    tiny_weights: Path, picture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler, starts = make_sampler(tiny_weights), []
+    forward = type(sampler.network).forward
+
+    def watch(self: torch.nn.Module, x: Tensor, t: Tensor) -> Tensor:
+        starts.append(x)
+        return forward(self, x, t)
+
+    monkeypatch.setattr(type(sampler.network), "forward", watch)
+    draw(sampler, Edit(picture, strength=0.5))
+    noise, image = Noise([0, 1], (3, 16, 16))(0), Edit(picture).read_image((3, 16, 16))
+    expected = add_noise(image, noise, sampler.schedule.alpha_bar[40].item())
+    torch.testing.assert_close(starts[0][:2], expected)
+
+
+@pytest.mark.parametrize("settings", [{}, {"solver": "unipc"}, {"ddim": True}], ids=str)
+def test_what_is_black_comes_back_to_the_byte(tiny_weights: Path, picture: str, tmp_path: Path, settings: dict) -> None:
+    grey = np.where(LEFT_HALF, 1.0, 0.0)
+    grey[:, 6:8] = 0.5
+    drawn = draw(make_sampler(tiny_weights, **settings), Edit(picture, mask=save_mask(tmp_path / "grey.png", grey)))
+    original = np.asarray(Image.open(picture))
+    for image in drawn:
+        pixels = np.asarray(to_picture(image))
+        assert np.array_equal(pixels[:, 8:], original[:, 8:])
+        assert (pixels[:, :8] != original[:, :8]).mean() > 0.5
+    nothing = Edit(picture, mask=save_mask(tmp_path / "black.png", np.zeros((16, 16))))
+    assert np.array_equal(np.asarray(to_picture(draw(make_sampler(tiny_weights, **settings), nothing)[0])), original)
+
+
+def test_grey_is_drawn_anew_from_a_lower_noise_level() -> None:
+    image, noise = torch.zeros(1, 1, 1, 3), Noise([0], (1, 1, 3))
+    keep = KeepKnown(image, torch.tensor([0.0, 0.5, 1.0])[None, None, None], 1000, noise)
+    x = torch.full((1, 1, 1, 3), 9.0)
+    changed = {s: (keep(x, SCHEDULE.step(s + 20, s)) == 9)[0, 0, 0].tolist() for s in (900, 499, 498, 0)}
+    assert changed == {
+        900: [False, False, True],
+        499: [False, False, True],
+        498: [False, True, True],
+        0: [False, True, True],
+    }
+    assert keep(x, SCHEDULE.step(0, -1)).flatten().tolist() == [0, 9, 9]
+
+
+def test_a_mask_takes_each_step_several_times(tiny_weights: Path, picture: str, mask: str) -> None:
+    sampler = make_sampler(tiny_weights)
+    assert (sampler.repeats(), sampler.repeats(Edit(picture)), sampler.repeats(Edit(picture, mask=mask))) == (1, 1, 4)
+    assert make_sampler(tiny_weights, repeats=2).repeats(Edit(picture, mask=mask)) == 2
+    assert make_sampler(tiny_weights, method="universal").repeats(Edit(picture, mask=mask)) == 5
+
+
+def test_outpainting_moves_the_picture_and_draws_the_rest(tiny_weights: Path, picture: str) -> None:
+    edit = Edit(picture, outpaint=(0.5, 0.25, 0, 0.25))
+    small = np.asarray(Image.open(picture).resize((8, 8), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+    image, mask = edit.read_image((3, 16, 16)), edit.read_mask((3, 16, 16))[0]
+    assert torch.equal(((image[:, 4:12, 8:] + 1) * 127.5).round(), torch.tensor(small).float())
+    assert torch.equal(mask == 0, torch.nn.functional.pad(torch.ones(8, 8), (8, 0, 4, 4)) == 1)
+    drawn = draw(make_sampler(tiny_weights), edit)
+    assert torch.equal(drawn[0][:, 4:12, 8:], image[:, 4:12, 8:])
+    assert (drawn[0] != image).any()
+
+
+def test_an_inverted_picture_comes_back_and_says_how_closely(tiny_weights: Path, picture: str) -> None:
+    def make(n: int) -> tuple[Sampler, Tensor]:
+        sampler = make_sampler(tiny_weights, skip_steps=n, clip_denoised=False)
+        return sampler, draw(sampler, Edit(picture, strength=0.5, invert=True))
+
+    errors = []
+    for n in (10, 100):
+        sampler, drawn = make(n)
+        record = sampler.describe(Edit(picture, strength=0.5, invert=True))
+        error = (drawn[0] - Edit(picture).read_image((3, 16, 16))).square().mean().sqrt().item()
+        assert record["round_trip_error"] == pytest.approx(error, rel=0.05)
+        assert record["sampler"] == "ddim(eta=0)"
+        assert torch.equal(drawn[0], drawn[1])  # whatever the seed
+        errors.append(error)
+    assert errors[1] < 0.3 * errors[0]
+
+
+def test_one_batch_has_one_kind_of_walk(tiny_weights: Path, picture: str) -> None:
+    edits = [Edit(picture, strength=0.5), Edit(picture, strength=0.6)]
+    with pytest.raises(ValueError, match="several kinds of walks"):
+        make_sampler(tiny_weights).sample([""] * 2, [0, 1], [0.0] * 2, edits=edits)
+
+
+# requests
+
+
+def test_a_folder_of_pictures_by_texts_by_weights_by_seeds(tmp_path: Path) -> None:
+    (tmp_path / "faces").mkdir()
+    files = [save_picture(tmp_path / f"faces/{name}.png") for name in "ba"]
+    data = PromptDataModule(["a man"], [5.0, 6.0], n_samples=2, init_image=str(tmp_path / "faces"), strength=0.3)
+    made = [(request.seed, request.edit.init_image, request.guidance_weight) for request in data.requests]
+    assert made == [(seed, file, weight) for seed in (0, 1) for file in sorted(files) for weight in (0, 5, 6)]
+    assert {request.edit.strength for request in data.requests} == {0.3}
+    assert len(data.requests) == 12
+
+
+def write_rows(path: Path, *rows: dict) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_rows_have_edits_of_their_own(tmp_path: Path, picture: str, mask: str) -> None:
+    prompts = write_rows(
+        tmp_path / "rows.jsonl",
+        {"text": "a man", "seed": 1},
+        {"text": "a man", "seed": 2, "init_image": "picture.png", "strength": 0.4},
+        {"text": "a man", "seed": 3, "init_image": "picture.png", "mask": "mask.png"},
+        {"text": "a man", "seed": 4, "strength": 0.2},
+    )
+    with pytest.raises(InputError, match=r"prompts: row 4 of .*: strength: got no init_image beside it"):
+        PromptDataModule(prompts=prompts)
+    data = PromptDataModule(prompts=prompts, init_image=picture, guidance_weight=[5.0])
+    assert [request.edit for request in data.requests] == [
+        Edit(picture, strength=0.6),
+        Edit(picture, strength=0.4),
+        Edit(picture, strength=1.0, mask=mask),
+        Edit(picture, strength=0.2),
+    ]
+    with pytest.raises(TypeError, match="no length"):
+        len(data.predict_dataloader())
+
+
+def test_batches_hold_walks_of_one_kind(tmp_path: Path, picture: str) -> None:
+    rows = [{"text": "a man", "seed": i, "init_image": picture, "strength": [0.3, 0.7][i % 2]} for i in range(7)]
+    data = PromptDataModule(prompts=write_rows(tmp_path / "rows.jsonl", *rows), micro_batch=3)
+    assert [batch["seed"] for batch in data.predict_dataloader()] == [[0, 2, 4], [1, 3, 5], [6]]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--init_image nowhere.png", "init_image: 'nowhere.png' can't be read \\(there is no such file\\)"),
+        ("--init_image config.yaml", "init_image: 'config.yaml' can't be read \\(no PNG, JPEG"),
+        ("--init_image picture.png --strength 1.5", "strength: got 1.5, expected a number from 0 to 1"),
+        ("--init_image picture.png --mask nowhere.png", "mask: 'nowhere.png' can't be read"),
+        ("--init_image empty", "init_image: got 'empty', which holds no pictures"),
+        ("--mask picture.png", "mask: got no init_image beside it"),
+        ("--strength 0.5", "strength: got no init_image beside it"),
+        ("--invert", "invert: got no init_image beside it"),
+        ("--init_image picture.png --outpaint 0.5", "outpaint: got .*0.5.*, expected four shares"),
+        ("--init_image picture.png --outpaint 0.5 0 0 0", "outpaint: .* expected left \\+ right to be as much"),
+        ("--init_image picture.png --mask picture.png --outpaint 0 0 .5 .5", "outpaint: got a mask too"),
+        ("--init_image picture.png --invert --solver unipc", "invert: got unipc beside it"),
+        ("--init_image picture.png --strength 0.001 --skip_type trailing", "strength: got 0.001, but no step begins"),
+        ("--init_image picture.png --strength 0.2 --model.sampling.interval [0.5,1]", "sampling.interval: no step"),
+    ],
+)
+def test_a_mistake_is_one_line_before_anything_is_drawn(
+    flags: str, message: str, config: str, tmp_path: Path, picture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit, match=f"^error: {message}") as stopped:
+        main(["predict", "-c", config, "--n_samples", "1", "--save_dir", "x", *flags.split()])
+    assert "\n" not in str(stopped.value)
+    assert not Path("x").exists()
+
+
+def pictures_of(out: Path) -> list[bytes]:
+    return [Image.open(out / row["file_name"]).tobytes() for row in metadata(out)]
+
+
+def test_mixed_rows_give_the_pictures_that_each_gives_alone(
+    config: str, tmp_path: Path, picture: str, mask: str, capsys: pytest.CaptureFixture
+) -> None:
+    rows = [
+        {"text": "a man", "seed": 1},
+        {"text": "a man", "seed": 2, "init_image": "picture.png", "strength": 0.4},
+        {"text": "a girl", "seed": 3, "init_image": "picture.png", "mask": "mask.png"},
+        {"text": "a man", "seed": 4},
+        {"text": "a girl", "seed": 5, "init_image": "picture.png", "strength": 0.4},
+        {"text": "a girl", "seed": 6, "init_image": "picture.png", "invert": True, "strength": 0.8},
+    ]
+    command = ["predict", "-c", config, "--guidance_weight", "20"]
+    together = write_rows(tmp_path / "rows.jsonl", *rows)
+    main([*command, "--prompts", together, "--save_dir", str(tmp_path / "all")])
+    drawn = pictures_of(tmp_path / "all")
+    for i, row in enumerate(rows):
+        main([*command, "--prompts", write_rows(tmp_path / "one.jsonl", row), "--save_dir", str(tmp_path / f"{i}")])
+        assert pictures_of(tmp_path / f"{i}") == [drawn[i]], i
+    found = metadata(tmp_path / "all")
+    assert "init_image" not in found[0]
+    assert (found[1]["strength"], found[2]["strength"], found[2]["repeats"], found[1]["repeats"]) == (0.4, 1.0, 4, 1)
+    assert found[2]["init_image"] == picture
+    assert len(found[2]["mask_sha256"]) == 64
+    assert found[5]["round_trip_error"] > 0
+
+
+def test_a_run_goes_on_and_notices_a_changed_file(config: str, tmp_path: Path, picture: str) -> None:
+    out = tmp_path / "x"
+    command = ["predict", "-c", config, "--init_image", picture, "--n_samples", "3", "--save_dir", str(out)]
+    main(command)
+    before = pictures_of(out)
+    (out / "000001.png").unlink()
+    main(command)
+    assert pictures_of(out) == before
+    (out / "000001.png").unlink()
+    save_picture(Path(picture), seed=1)
+    with pytest.raises(SystemExit, match=r"holds pictures made from an earlier .*picture.png \(init_image\)"):
+        main(command)
+    assert not (out / "000001.png").exists()
+
+
+def test_another_size_is_resized_and_said_once(config: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "faces").mkdir()
+    for i, size in enumerate((24, 32)):
+        save_picture(tmp_path / f"faces/{i}.png", size)
+    wide = Image.new("RGB", (40, 20), "white")
+    wide.save(tmp_path / "mask.png")
+    flags = ["--init_image", str(tmp_path / "faces"), "--mask", str(tmp_path / "mask.png"), "--n_samples", "1"]
+    main(["predict", "-c", config, *flags, "--save_dir", str(tmp_path / "x")])
+    said = [record.getMessage() for record in caplog.records if record.name == "clipward"]
+    assert len(said) == 2
+    assert "has 24×24 pixels; resized to 16×16" in said[0]
+    assert "has 40×20 pixels; its middle is resized to 16×16" in said[1]
+
+
+def test_python_edits_files_and_pictures_alike(tiny_weights: Path, picture: str, mask: str) -> None:
+    model = clipward.load(tiny_weights, skip_steps=4)
+    by_name = model.sample(n_samples=2, init_image=Path(picture), mask=mask)
+    with Image.open(picture) as opened, Image.open(mask) as white:
+        by_picture = model.sample(n_samples=2, init_image=opened, mask=white, strength=1)
+        assert np.array_equal(np.asarray(by_name[0])[:, 8:], np.asarray(opened)[:, 8:])
+    assert [one.tobytes() for one in by_name] == [one.tobytes() for one in by_picture]
+    assert model.sample(n_samples=1, init_image=picture, strength=0)[0].tobytes() == Image.open(picture).tobytes()
+    with pytest.raises(InputError, match="init_image: got 3, expected a picture's file"):
+        model.sample(init_image=3)
+    with pytest.raises(InputError, match="init_image: a picture can't be read"):
+        model.sample(init_image=b"PNG", skip_steps=1)
