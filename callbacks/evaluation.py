@@ -86,7 +86,7 @@ class Evaluation(L.Callback):
     ) -> None:
         cost = self.meter.stop(len(batch["text"]))
         self.judgements += self.judges.judge_pictures(batch, outputs["image"], cost, pl_module.sampler.models)
-        self.provenance = outputs["provenance"]
+        self.provenance = outputs["provenance"] | {"features": self.judges.features_name}
 
     def on_test_end(self, trainer: L.Trainer, pl_module: HasSampler) -> None:
         self.meter.remove()
@@ -96,7 +96,8 @@ class Evaluation(L.Callback):
         reference = None
         if self.data is not None:
             self.data.setup("validate")
-            reference = Reference.from_batches(self.data.val_dataloader(), self.judges, pl_module.sampler.device)
+            sampler, batches = pl_module.sampler, self.data.val_dataloader()
+            reference = Reference.from_batches(batches, self.judges, sampler.device, sampler.models)
         table = summarise(judgements, reference)
         texts = {text: summarise([each for each in judgements if each.text == text]) for text in self.judges.texts}
         save_judgements(self.pictures_path, judgements)

@@ -137,7 +137,8 @@ class GuidedSamples(L.Callback):
         """The scores of each weight, as in the report of ``test``."""
         data: HasValidationPictures | None = trainer.datamodule
         if self._reference is None and data is not None:
-            self._reference = Reference.from_batches(data.val_dataloader(), judges, pl_module.sampler.device)
+            sampler = pl_module.sampler
+            self._reference = Reference.from_batches(data.val_dataloader(), judges, sampler.device, sampler.models)
         requests = {
             "index": list(range(len(cells))),
             "text": [cell.text for cell in cells],
@@ -160,6 +161,9 @@ def log_scores(logger: Logger, table: list[Scores], step: int) -> None:
             "held_out_similarity": scores.held_out_similarity,
             "fid": scores.fid,
             "kid": scores.kid,
+            "precision": scores.precision,
+            "recall": scores.recall,
+            "cmmd": scores.cmmd,
             "twin_distance": scores.twin_distance,
             "seconds": scores.cost.seconds,
         }

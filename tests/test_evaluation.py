@@ -12,7 +12,7 @@ import torch
 from clipward.datamodules.faces import FacesDataModule
 from clipward.errors import InputError
 from clipward.evaluation.cost import Cost, average_costs
-from clipward.evaluation.features import Inception
+from clipward.evaluation.features import load_extractor
 from clipward.evaluation.judgements import Judgement, load_judgements, save_judgements
 from clipward.evaluation.judges import Judges, check_prompt, load_judge, predict_attributes
 from clipward.evaluation.metrics import fid, jackknife, kid
@@ -67,7 +67,7 @@ def test_the_scores_are_shares_of_correct_pictures_and_attributes() -> None:
     assert (unguided.passes_per_success, guided.passes_per_success) == (None, 200)
     assert (unguided.twin_distance, guided.twin_distance) == (None, 2.0)
     assert guided.cost.peak_bytes == PEAK
-    row = "| 9 | 2 | 50.0% ± 50.0% | 100.0% | 75.0% | 0.500 | 0.250 |  |  |  | 2.00 | 200 | 51 | 2.00 | 7.0 |"
+    row = "| 9 | 2 | 50.0% ± 50.0% | 100.0% | 75.0% | 0.500 | 0.250 |  |  |  |  |  |  | 2.00 | 200 | 51 | 2.00 | 7.0 |"
     assert format_table([guided]).splitlines()[-1] == row
     assert format_methods({"ours": [guided]}).splitlines()[-1] == f"| ours {row}"
     assert "| an old man | 9 | 2 | 50% | gender 100%, age 50% | 0.500 |" in format_texts({"an old man": [guided]})
@@ -308,6 +308,6 @@ class Writes:
 def test_a_file_of_features_never_runs_code(tmp_path: Path) -> None:
     torch.save({"weights": Writes(tmp_path / "written")}, tmp_path / "features.pt")
     with pytest.raises(InputError, match=r"features: got .*features.pt") as raised:
-        Inception(str(tmp_path / "features.pt"))
+        load_extractor(str(tmp_path / "features.pt"))
     assert "\n" not in str(raised.value)
     assert not (tmp_path / "written").exists()

@@ -103,7 +103,7 @@ JUDGE_FLAGS = {
         several=True,
         required=True,
     ),
-    "features": Flag("what FID and KID compare: judge, inception, or a file of its weights", "X", str, "judge"),
+    "features": Flag("whose features FID compares: judge, inception, dinov2, or a file of weights", "X", str, "judge"),
 }
 FLAGS = {
     "fit": MODEL_FLAGS,

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ class Judgement:
         held_out_similarity: the same cosine by the CLIP that judges; None without one.
         features: (C,), by which sets of pictures are compared.
         cost: what the picture costs.
+        clip_features: (D,), of unit length, by which CMMD compares sets of pictures; None without a CLIP.
     """
 
     index: int
@@ -37,6 +39,7 @@ class Judgement:
     held_out_similarity: float | None
     features: Tensor
     cost: Cost
+    clip_features: Tensor | None = None
 
     @property
     def judges(self) -> list[str]:
@@ -52,7 +55,7 @@ def save_judgements(path: Path, judgements: Sequence[Judgement]) -> None:
     """Write a parquet file, atomically, with a row for each judgement."""
     from datasets import Dataset
 
-    rows = [asdict(judgement) | {"features": judgement.features.tolist()} for judgement in judgements]
+    rows = [asdict(each) | {"features": each.features.tolist(), "clip_features": _list(each)} for each in judgements]
     with atomic_write(path) as aside:
         Dataset.from_list(rows).to_parquet(aside)
 
@@ -68,6 +71,16 @@ def load_judgements(path: Path) -> list[Judgement]:
             judge: {attribute: right for attribute, right in verdict.items() if right is not None}
             for judge, verdict in row["verdicts"].items()
         }
-        parsed = {"verdicts": verdicts, "features": torch.tensor(row["features"]), "cost": Cost(**row["cost"])}
+        parsed: dict[str, Any] = {
+            "verdicts": verdicts,
+            "features": torch.tensor(row["features"]),
+            "cost": Cost(**row["cost"]),
+        }
+        if row.get("clip_features") is not None:  # earlier versions had none
+            parsed["clip_features"] = torch.tensor(row["clip_features"])
         judgements.append(Judgement(**(row | parsed)))
     return judgements
+
+
+def _list(judgement: Judgement) -> list[float] | None:
+    return None if judgement.clip_features is None else judgement.clip_features.tolist()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from clipward.errors import InputError
 from clipward.evaluation.cost import Cost
-from clipward.evaluation.features import Inception
+from clipward.evaluation.features import load_extractor
 from clipward.evaluation.judgements import Judgement
 from clipward.files import locate
 from clipward.networks.classifier import Classifier, load_classifier
@@ -89,6 +89,9 @@ class ScoresTexts(Protocol):
 
     names: list[str]
 
+    @property
+    def clips(self) -> list[Clip]: ...
+
     def cosines(self, image: Tensor, text: Sequence[str]) -> Tensor:
         """(B, C, H, W) and T texts -> (B, T)."""
         ...
@@ -100,8 +103,8 @@ class Judges:
     Args:
         paths: what :func:`load_judge` takes. The first judge decides prompt accuracy.
         texts: all texts that the pictures are drawn from. An unguided picture is judged by each of them.
-        features: the network whose features FID and KID compare: ``judge``, the first classifier or, where there is
-            none, the first CLIP; ``inception``, FID's own network, downloaded on first use; or a file with its weights.
+        features: the network whose features FID, KID, precision and recall compare: ``judge``, the first classifier
+            or, where there is none, the first CLIP; or what :func:`clipward.evaluation.features.load_extractor` takes.
 
     Raises:
         InputError: where there is no text, or a text names no attribute that a judge knows.
@@ -115,7 +118,8 @@ class Judges:
         for text in self.texts:
             for judge in self.judges.values():
                 check_attributes(judge.vocabulary, text, "judge")
-        self._inception = None if features == "judge" else Inception(features)
+        self.features_name = features
+        self._extractor = None if features == "judge" else load_extractor(features)
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -127,17 +131,23 @@ class Judges:
         """The first judge that is a CLIP."""
         return next((judge.clip for judge in self.judges.values() if isinstance(judge, ClipJudge)), None)
 
+    def choose_clip(self, models: ScoresTexts | None) -> Clip | None:
+        """Whose features CMMD compares: of the first judge that is a CLIP, else of the first CLIP that guides."""
+        if self.clip is not None or models is None or not models.names:
+            return self.clip
+        return models.clips[0]
+
     def to(self, device: torch.device) -> None:
         """Move all networks."""
         for judge in self.judges.values():
             judge.to(device)
-        if self._inception is not None:
-            self._inception.to(device)
+        if self._extractor is not None:
+            self._extractor.to(device)
 
     def features(self, image: Tensor) -> Tensor:
         """(B, C, H, W) in [-1, 1] -> (B, features), by which sets of pictures are compared."""
-        if self._inception is not None:
-            return self._inception(image)
+        if self._extractor is not None:
+            return self._extractor(image)
         judges = list(self.judges.values())
         classifiers: list[Judge] = [judge for judge in judges if isinstance(judge, Classifier)]
         return (classifiers or judges)[0].features(image)
@@ -160,7 +170,8 @@ class Judges:
         predicted = {path: predict_attributes(judge, image) for path, judge in self.judges.items()}
         features = self.features(image).cpu()
         guiding = models.cosines(image, self.texts) if models.names else None
-        clip = self.clip
+        clip, seeing = self.clip, self.choose_clip(models)
+        clip_features = None if seeing is None else seeing.to(image.device).encode_image(image).cpu()
         held_out = None if clip is None else text_cosines(clip, image, [split_text(text) for text in self.texts])
         judgements = []
         for i in (i for i, valid in enumerate(requests["valid"]) if valid):
@@ -179,6 +190,7 @@ class Judges:
                     held_out_similarity=None if held_out is None else held_out[i, column].item(),
                     features=features[i],
                     cost=cost,
+                    clip_features=None if clip_features is None else clip_features[i],
                 )
                 judgements.append(judgement)
         return judgements

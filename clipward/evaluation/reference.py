@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipward.evaluation.judges import Judges
+from clipward.evaluation.judges import Judges, ScoresTexts
 from clipward.networks.vocabulary import Vocabulary, find_allowed
 
 
@@ -22,14 +22,22 @@ class Reference:
         features: (N, C).
         labels: (N, attributes), for each attribute of the vocabulary the place of its value; −1 where it is not known.
         vocabulary: the attributes, their values and the words that name them.
+        clip_features: (N, D), of unit length, where there is a CLIP.
     """
 
     features: Tensor
     labels: Tensor | None
     vocabulary: Vocabulary
+    clip_features: Tensor | None = None
 
     @classmethod
-    def from_batches(cls, batches: Iterable[Mapping[str, Any]], judges: Judges, device: torch.device) -> "Reference":
+    def from_batches(
+        cls,
+        batches: Iterable[Mapping[str, Any]],
+        judges: Judges,
+        device: torch.device,
+        models: ScoresTexts | None = None,
+    ) -> "Reference":
         """The features, by ``judges`` on ``device``, of batches of pictures.
 
         Args:
@@ -37,26 +45,41 @@ class Reference:
                 first judge's vocabulary, where there are any.
             judges: whose features to take.
             device: where to compute them.
+            models: what guides, whose CLIP serves for CMMD where no judge is one.
         """
         judges.to(device)
-        features, labels = [], []
+        clip = judges.choose_clip(models)
+        features, clip_features, labels = [], [], []
         with torch.no_grad():
             for batch in batches:
-                features.append(judges.features(batch["image"].to(device)).cpu())
+                image = batch["image"].to(device)
+                features.append(judges.features(image).cpu())
+                if clip is not None:
+                    clip_features.append(clip.to(device).encode_image(image).cpu())
                 if "labels" in batch:
                     labels.append(batch["labels"])
-        return cls(torch.cat(features), torch.cat(labels) if labels else None, judges.vocabulary)
+        return cls(
+            torch.cat(features),
+            torch.cat(labels) if labels else None,
+            judges.vocabulary,
+            torch.cat(clip_features) if clip_features else None,
+        )
 
     def matching_texts(self, texts: Sequence[str]) -> Tensor:
         """(M, C): pictures that the texts are true of, in the proportions of the texts, and as many as there are.
 
         All pictures, where there are no labels or a text is true of fewer than two.
         """
+        return self.features[self.find_matching(texts)]
+
+    def find_matching(self, texts: Sequence[str]) -> Tensor:
+        """(M,): the places of the pictures of :meth:`matching_texts`."""
+        everything = torch.arange(len(self.features))
         if self.labels is None:
-            return self.features
+            return everything
         masks = {text: self._find(find_allowed(self.vocabulary, text), self.labels) for text in dict.fromkeys(texts)}
         found = self._take_in_proportion(masks, texts)
-        return self.features if found is None else found
+        return everything if found is None else found
 
     def matching_attributes(self, features: Tensor) -> Tensor | None:
         """(M, C): pictures with the same attributes as (N, C) generated ones, in the same proportions.
@@ -72,7 +95,8 @@ class Reference:
         shown = [tuple(row) for row in predict_labels(self._probes, features).tolist()]
         labels = torch.where(self.labels >= 0, self.labels, predict_labels(self._probes, self.features))
         masks = {row: (labels == torch.tensor(row)).all(dim=1) for row in dict.fromkeys(shown)}
-        return self._take_in_proportion(masks, shown)
+        found = self._take_in_proportion(masks, shown)
+        return None if found is None else self.features[found]
 
     @cached_property
     def _probes(self) -> list[Tensor] | None:
@@ -89,12 +113,15 @@ class Reference:
         return mask
 
     def _take_in_proportion(self, masks: Mapping[Any, Tensor], keys: Sequence[Hashable]) -> Tensor | None:
-        """As many pictures as there are in the proportions of ``keys``; None where a mask has fewer than two."""
+        """(M,): places of as many pictures as there are in the proportions of ``keys``.
+
+        None where a mask has fewer than two.
+        """
         if min(mask.sum() for mask in masks.values()) < 2:
             return None
         count = Counter(keys)
         times = min(mask.sum().item() / count[key] for key, mask in masks.items())
-        return torch.cat([self.features[mask][: round(times * count[key])] for key, mask in masks.items()])
+        return torch.cat([mask.nonzero()[:, 0][: round(times * count[key])] for key, mask in masks.items()])
 
 
 def fit_probes(features: Tensor, labels: Tensor, values: Sequence[int]) -> list[Tensor]:

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from clipward.evaluation.cost import Cost, average_costs
 from clipward.evaluation.judgements import Judgement
-from clipward.evaluation.metrics import fid, jackknife, kid
+from clipward.evaluation.metrics import cmmd, fid, jackknife, kid, precision_recall
 from clipward.evaluation.reference import Reference
 
 FOLDS = 16  # of the jackknife
+NEIGHBOURS = 3  # of precision and recall
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,9 @@ class Scores:
         fid: from real pictures that the texts are true of; of unguided pictures from all real ones.
         fid_error: the standard error of ``fid``. It needs more pictures than features.
         kid: from the same pictures as ``fid``.
+        precision: the share of the pictures that lie among those real ones (Kynkäänniemi et al. 2019).
+        recall: the share of those real pictures that lie among the pictures.
+        cmmd: from those real pictures, by a CLIP's features (Jayasumana et al. 2024).
         reference: how many real pictures these are.
         attribute_matched_fid: from real pictures with the same attributes, whether a text names them or not. ``fid``
             exceeds it where the pictures share attributes that their texts do not ask for.
@@ -59,6 +63,9 @@ class Scores:
     reference: int | None = None
     attribute_matched_fid: float | None = None
     twin_distance: float | None = None
+    precision: float | None = None
+    recall: float | None = None
+    cmmd: float | None = None
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Scores":
@@ -83,8 +90,9 @@ def summarise(
         pictures = list({each.index: each for each in group}.values())  # an unguided one has a judgement for each text
         scores = _score(group, pictures)
         if reference is not None and len(pictures) > 1:
-            real = reference.matching_texts([each.text for each in group]) if weight else reference.features
-            scores = _add_fidelity(scores, pictures, real, reference)
+            everything = torch.arange(len(reference.features))
+            places = reference.find_matching([each.text for each in group]) if weight else everything
+            scores = _add_fidelity(scores, pictures, places, reference)
         if weight:
             scores = replace(scores, twin_distance=_measure_twin_distance(pictures, twins))
         table.append(scores)
@@ -122,15 +130,22 @@ def _score(group: Sequence[Judgement], pictures: Sequence[Judgement]) -> Scores:
     )
 
 
-def _add_fidelity(scores: Scores, pictures: Sequence[Judgement], real: Tensor, reference: Reference) -> Scores:
-    """Compare pictures with (M, C) features of real ones, and with those that match in attributes."""
-    made = torch.stack([each.features for each in pictures])
+def _add_fidelity(scores: Scores, pictures: Sequence[Judgement], places: Tensor, reference: Reference) -> Scores:
+    """Compare pictures with real ones at (M,) places of the reference, and with those that match in attributes."""
+    made, real = torch.stack([each.features for each in pictures]), reference.features[places]
     matched = reference.matching_attributes(made)
     error = None
     if len(made) > made.shape[1]:  # with fewer, the covariance of a part has no full rank
         error = jackknife(lambda part: fid(part, real), made, [each.seed % FOLDS for each in pictures])
+    enough = min(len(made), len(real)) > NEIGHBOURS
+    precision, recall = precision_recall(made, real, NEIGHBOURS) if enough else (None, None)
+    seen = [each.clip_features for each in pictures if each.clip_features is not None]
+    known = reference.clip_features if len(seen) == len(pictures) else None
     return replace(
         scores,
+        precision=precision,
+        recall=recall,
+        cmmd=None if known is None else cmmd(torch.stack(seen), known[places]),
         fid=fid(made, real),
         fid_error=error,
         kid=kid(made, real),

@@ -53,11 +53,11 @@ class Architecture:
 
     def __post_init__(self) -> None:
         stride = self.unet.stride
-        sides, given = self.size, self.image_size if isinstance(self.image_size, int) else list(self.image_size)
+        sides, size = self.size, self.image_size if isinstance(self.image_size, int) else list(self.image_size)
         if not all(1 <= side <= MOST_PIXELS and side % stride == 0 for side in sides):
-            wanted = "a multiple" if isinstance(given, int) else "multiples"
+            wanted = "a multiple" if isinstance(size, int) else "multiples"
             raise InputError(
-                f"image_size: got {shorten(given)}, expected {wanted} of {shorten(stride)} for this U-Net, up to "
+                f"image_size: got {shorten(size)}, expected {wanted} of {shorten(stride)} for this U-Net, up to "
                 f"{MOST_PIXELS}"
             )
         object.__setattr__(self, "image_size", sides[0] if sides[0] == sides[1] else sides)
