@@ -1,7 +1,7 @@
 """The callback of ``predict``: it writes pictures, ``metadata.jsonl``, a figure, a page and the command's config."""
 
 import os
-from collections.abc import Iterator, Set, Sized
+from collections.abc import Iterator, Mapping, Set, Sized
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -64,6 +64,7 @@ class PredictionWriter(BasePredictionWriter):
         overwrite: replace the pictures of another command.
         output: a PNG for each picture, or shards.
         shard_size: pictures a shard.
+        expected: hashes of weights, by their names in the metadata, which a picture that is made again must have.
     """
 
     def __init__(
@@ -73,12 +74,14 @@ class PredictionWriter(BasePredictionWriter):
         overwrite: bool = False,
         output: Output = "files",
         shard_size: int = 1000,
+        expected: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__("batch")
         if shard_size < 1:
             raise InputError(f"shard_size: got {shard_size}, expected 1 or more")
         self.save_dir, self.config, self.overwrite = Path(save_dir), config, overwrite
         self.gallery, self.shard_size = Gallery(self.save_dir, output), shard_size
+        self.expected = dict(expected or {})
         self.lock = FolderLock(self.save_dir / LOCK)
         self.signals = StopSignals()
         self.begun = False
@@ -121,8 +124,9 @@ class PredictionWriter(BasePredictionWriter):
         """
         done = self.finished()
         if self.save_dir.exists():
-            count = len(requests) if isinstance(requests, Sized) else None
-            stranger = self.gallery.find_stranger(done, count)
+            first = getattr(requests, "first", 0)
+            count = first + len(requests) if isinstance(requests, Sized) else None
+            stranger = self.gallery.find_stranger(done | set(range(first)), count)
             if stranger is not None:
                 raise InputError(
                     f"save_dir: {self.save_dir / stranger} is there and was not written by predict; move it or use "
@@ -142,6 +146,7 @@ class PredictionWriter(BasePredictionWriter):
         requests: HasDone = trainer.datamodule
         self.begun = False
         provenance = pl_module.provenance()
+        self._check_expected(provenance)
         if trainer.is_global_zero:
             if (self.save_dir / CONFIG_FILE).is_file():
                 self._take_lock()
@@ -167,6 +172,15 @@ class PredictionWriter(BasePredictionWriter):
     def _take_lock(self) -> None:
         if not self.lock.acquire():
             raise InputError(f"save_dir: another run is writing to {self.save_dir}; wait for it or use another folder")
+
+    def _check_expected(self, provenance: dict[str, Any]) -> None:
+        for name, there in self.expected.items():
+            here, model = provenance.get(name), name.removesuffix("_hash")
+            if here is not None and here != there:
+                raise InputError(
+                    f"{model}: {provenance[model]} has the hash {here}, but the picture says {there}; give the file "
+                    f"that made it with --{'model.guidance.' if model == 'classifier' else ''}{model}"
+                )
 
     def _check_same_weights(self, provenance: dict[str, Any]) -> None:
         before = next(self.gallery.rows())

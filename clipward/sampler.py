@@ -499,9 +499,10 @@ class Sampler:
         """The cosine between each picture and its text, averaged over the CLIPs; None where there is no text."""
         if not self._in_any_process(any(text)) or not self.models.names:
             return [None] * len(text)
-        column = {sentence: i for i, sentence in enumerate(dict.fromkeys(fill_empty_texts(text)))}
-        cosines = self.models.cosines(image, list(column)).tolist()
-        return [row[column[sentence]] if sentence else None for row, sentence in zip(cosines, text, strict=True)]
+        fill = -len(image) % self.config.batch_multiple
+        filled = torch.cat([image, image[-1:].expand(fill, *image.shape[1:])])  # as the pictures were drawn
+        found = self.models.similarities(filled, fill_empty_texts([*text, *[text[-1]] * fill])).tolist()
+        return [similarity if sentence else None for similarity, sentence in zip(found, text, strict=False)]
 
     def _in_any_process(self, here: bool) -> bool:
         return here if self._any_process is None else self._any_process(here)
@@ -517,7 +518,9 @@ class Sampler:
             "interval": list(self.interval),
             **({} if config.weight_schedule is None else {"weight_schedule": config.weight_schedule}),
             "skip_type": config.skip_type,
+            "batch_multiple": config.batch_multiple,
             "sampler": config.solver or (f"ddim(eta={config.ddim_eta:g})" if config.ddim else "ddpm"),
+            **({"ddim_eta": config.ddim_eta} if config.ddim else {}),
             "var_type": self.var_type,
             "clip_denoised": self.clip_denoised,
         }

@@ -35,6 +35,7 @@ class PromptDataModule(L.LightningDataModule):
             checked as it comes.
         micro_batch: pictures that are sampled at once on each device; ``auto`` is as many as fit on a GPU, and 16
             on a CPU.
+        first_index: the number of the first picture, whose file has it as its name; not with ``prompts``.
         init_image: pictures to edit: a file, or a folder of them. The rows of ``prompts`` may name their own, as they
             may name all that follows; their paths are relative to the file of the rows.
         strength: see :class:`clipward.editing.Edit`, as for all that follows.
@@ -55,6 +56,7 @@ class PromptDataModule(L.LightningDataModule):
         unguided: bool = True,
         prompts: str | Iterable[dict[str, Any]] | None = None,
         micro_batch: int | Literal["auto"] = 16,
+        first_index: int = 0,
         init_image: str | None = None,
         strength: float | None = None,
         mask: str | None = None,
@@ -62,6 +64,10 @@ class PromptDataModule(L.LightningDataModule):
         invert: bool | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(first_index, int) or isinstance(first_index, bool) or first_index < 0:
+            raise InputError(f"first_index: got {shorten(first_index)}, expected a whole number of 0 or more")
+        if first_index and prompts is not None:
+            raise InputError("first_index: got --prompts beside it, expected one of them")
         self.micro_batch = (
             micro_batch if micro_batch == "auto" else _check_count("micro_batch", micro_batch, " or auto")
         )
@@ -87,7 +93,7 @@ class PromptDataModule(L.LightningDataModule):
         )
         self.requests: Product | Rows
         if prompts is None:
-            self.requests = Product(texts, weights, seeds, unguided, edits.default)
+            self.requests = Product(texts, weights, seeds, unguided, edits.default, first_index)
         elif isinstance(prompts, str | os.PathLike):
             self.requests = read_prompts(os.fspath(prompts), weights, seeds, unguided, edits)
         else:

@@ -22,7 +22,7 @@ Part = tuple[str, Sequence[int], Sequence[float], Sequence[Edit | None]]
 
 
 class Product:
-    """Every seed × edit × (unguided, then text × weight)."""
+    """Every seed × edit × (unguided, then text × weight), numbered from ``first`` on."""
 
     def __init__(
         self,
@@ -31,6 +31,7 @@ class Product:
         seeds: Sequence[int],
         unguided: bool,
         edits: Sequence[Edit | None] = (None,),
+        first: int = 0,
     ) -> None:
         for text in texts:
             if not check_text(text).strip():
@@ -38,7 +39,7 @@ class Product:
         if not texts and any(edit is not None and edit.image_prompt is not None for edit in edits):
             texts = [""]  # the picture guides alone
         plain = [("", 0.0)] if unguided or not texts else []
-        self.seeds, self._edits = seeds, edits
+        self.first, self.seeds, self._edits = first, seeds, edits
         self.cells = plain + [(sentence, weight) for sentence in texts for weight in weights]
 
     def __len__(self) -> int:
@@ -48,7 +49,7 @@ class Product:
         cells = (
             (text, seed, weight, edit) for seed in self.seeds for edit in self._edits for text, weight in self.cells
         )
-        return (Request(index, *cell) for index, cell in enumerate(cells))
+        return (Request(index, *cell) for index, cell in enumerate(cells, start=self.first))
 
     def edits(self) -> Iterator[Edit | None]:
         """Those of the requests."""

@@ -285,9 +285,11 @@ class DDPMModule(Reproducible):
                 **self.sampler.settings(),
                 "weights": None if self.trainer.training else str(self.weights_path or self.trainer.ckpt_path),
                 "weights_hash": state_hash(self.average()),
+                "use_ema": self.use_ema,
                 **self.models.provenance(self.sampler.method),
                 "precision": str(self.trainer.precision),
                 "device": self.device.type,
+                "threads": torch.get_num_threads(),
             }
         return self._provenance
 

@@ -91,6 +91,11 @@ FOLDER_FLAGS = {
     "save_dir": Flag("the folder to write to", "DIR", str),
     "overwrite": Flag("replace what another command wrote there", "BOOL", bool, False),
 }
+NUMBER_FLAGS = {"first_index": Flag("the number of the first picture", "N", int, 0)}
+AGAIN_FLAGS = {
+    "again": Flag("make a picture again, by what it says of itself, such as out/x/000003.png", "PICTURE", str),
+    "vary": Flag("draw --n_samples further seeds of a picture, by what it says of itself", "PICTURE", str),
+}
 OUTPUT_FLAGS = {
     "output": Flag("files (a PNG for each picture), webdataset or parquet", "KIND", default="files"),
     "shard_size": Flag("pictures in each shard", "N", int, 1000),
@@ -109,7 +114,7 @@ FLAGS = {
     "fit": MODEL_FLAGS,
     "validate": MODEL_FLAGS,
     "test": MODEL_FLAGS | REQUEST_FLAGS | FOLDER_FLAGS | JUDGE_FLAGS,
-    "predict": MODEL_FLAGS | REQUEST_FLAGS | EDIT_FLAGS | FOLDER_FLAGS | OUTPUT_FLAGS,
+    "predict": MODEL_FLAGS | REQUEST_FLAGS | EDIT_FLAGS | NUMBER_FLAGS | AGAIN_FLAGS | FOLDER_FLAGS | OUTPUT_FLAGS,
 }
 DEFAULTS: dict[str, dict[str, Any]] = {  # where a command has its own
     "test": {"n_samples": 16, "save_dir": "out/test"},

@@ -141,6 +141,7 @@ COMMANDS = {
                 **own("weights", "skip_steps", "solver", "ddim"),
                 "--trainer.devices N": "processes; add -c ddp or -c fsdp for more than one",
             },
+            "One picture again": own("again", "vary"),
             "Where to write": own("save_dir", "output", "overwrite", "micro_batch"),
         },
     ),

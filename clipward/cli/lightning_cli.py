@@ -31,7 +31,8 @@ from clipward.callbacks.evaluation import Evaluation
 from clipward.callbacks.gallery import Output
 from clipward.callbacks.prediction_writer import PredictionWriter
 from clipward.callbacks.signals import MAIN, PATIENCE, Stopped, StopSignals, end_with_main, is_launched, wait_for_main
-from clipward.cli.flags import DEFAULTS, EDIT_FLAGS, FLAGS, MODEL_FLAGS, REQUEST_FLAGS, Flag
+from clipward.cli.again import AGAIN, VARY, Again
+from clipward.cli.flags import DEFAULTS, EDIT_FLAGS, FLAGS, MODEL_FLAGS, NUMBER_FLAGS, REQUEST_FLAGS, Flag
 from clipward.cli.help import COMMANDS
 from clipward.cli.messages import first_process
 from clipward.cli.own_samples import draw_own_samples
@@ -63,6 +64,7 @@ class ClipwardParser(OneLineParser, LightningArgumentParser):
 class ClipwardCLI(LightningCLI):
     """LightningCLI, where predict and test read requests in place of ``data``, and common flags have short names."""
 
+    again = Again([])
     requests: PromptDataModule
     callback: PredictionWriter | Evaluation | None = None
 
@@ -89,6 +91,9 @@ class ClipwardCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        for name in (AGAIN, VARY):
+            if config.get(name) is not None:
+                raise InputError(f"{name}: got {shorten(config[name])} in a config, expected --{name} as a flag")
         self._check_model(config.model)
         config.trainer.inference_mode = False
         self._check_strategy(config.trainer)
@@ -196,12 +201,12 @@ class ClipwardCLI(LightningCLI):
                 arguments = config.model.init_args
                 method = choose_method(arguments.sampling.method, GuidanceConfig(**arguments.guidance.as_dict()))
                 config.guidance_weight = [METHODS[method].weight]
-            given = REQUEST_FLAGS | (EDIT_FLAGS if self.subcommand == "predict" else {})
+            given = REQUEST_FLAGS | (EDIT_FLAGS | NUMBER_FLAGS if self.subcommand == "predict" else {})
             self.requests = PromptDataModule(**{name: config[name] for name in given})
             if self.subcommand == "predict":
                 text = self._parser("predict").dump(config, skip_unset=False)
                 self.callback = PredictionWriter(
-                    config.save_dir, text, config.overwrite, config.output, config.shard_size
+                    config.save_dir, text, config.overwrite, config.output, config.shard_size, self.again.hashes
                 )
                 self.requests.done = self.callback.check(self.requests.requests)
                 self.callback.signals.patience = PATIENCE
@@ -331,7 +336,12 @@ def mendable(error: BaseException | None) -> InputError | None:
 def run(command: str, args: Sequence[str]) -> None:
     """Run a command that needs a Trainer."""
     cli: type[ClipwardCLI] = Help if "--help.all" in args else ClipwardCLI
-    arguments = [command, *(args if cli is Help else prepare(command, args))]
+    if cli is ClipwardCLI and command == "predict":
+        cli = type("ClipwardCLI", (ClipwardCLI,), {"again": Again(args)})
+        args = cli.again.args
+        if first_process():
+            print(*cli.again.notes, sep="\n", end="\n" if cli.again.notes else "")
+    arguments = [command, *(args if cli is Help else prepare(command, args, with_default=not cli.again.hashes))]
     end_with_main()
     signals = StopSignals(PATIENCE)
     if command == "predict":

@@ -16,15 +16,15 @@ DEFAULT_FLAGS: dict[str, list[str]] = {  # of a command without a config
 }
 
 
-def prepare(command: str, args: Sequence[str]) -> list[str]:
-    """The arguments with the paths of configs in place of their names, and with the default config where there is none.
+def prepare(command: str, args: Sequence[str], with_default: bool = True) -> list[str]:
+    """The arguments with the paths of configs in place of their names, and ``with_default`` config where there is none.
 
     Raises:
         InputError: for a config that is not there or can't be read, and for names of earlier versions.
     """
     args = split_config_flags(args)
     names = [arg.partition("=")[0] for arg in args]
-    if "--config" not in args and not any(name.endswith(".help") for name in names):
+    if with_default and "--config" not in args and not any(name.endswith(".help") for name in names):
         if command not in DEFAULT_FLAGS:
             raise InputError(f"config: got none, expected -c with a YAML file or one of {', '.join(shipped())}")
         judges = [] if "--judge" in names else DEFAULT_FLAGS[command]

@@ -208,6 +208,18 @@ class GuidanceModels:
         weighted = [weight * each for weight, each in zip(self.weights, found, strict=True)]
         return torch.stack(weighted).sum(dim=0) / sum(self.weights)
 
+    def similarities(self, image: Tensor, text: Sequence[str]) -> Tensor:
+        """(B,): the cosine of each picture and its own text, as :meth:`cosines` has it, whatever its neighbours are."""
+        total = image.new_zeros(len(image), dtype=torch.float32)
+        prompts = [self.config.split(each) for each in text]
+        for clip, weight in zip(self.clips, self.weights, strict=True):
+            features = clip.to(image.device).encode_image(image)
+            for i, parts in enumerate(prompts):
+                signs = torch.tensor([part.weight for part in parts], device=image.device)
+                cosines = (features[i] * clip.encode_text([part.text for part in parts])).sum(dim=-1)
+                total[i] += weight / sum(self.weights) * (signs / signs.abs().sum() * cosines).sum()
+        return total
+
     def objectives(self, method: Method, text: Sequence[str], noise: NamedNoise, device: torch.device) -> Objectives:
         """What a method may raise for a batch: one text for each image, of one or more parts."""
         prompts = [self.config.split(each) for each in fill_empty_texts(text)]
@@ -256,6 +268,8 @@ class GuidanceModels:
             "clip": self._join(self.names),
             "clip_hash": self._join([loaded[name] for name in self.names if name in loaded]),
         }
+        if len(self.names) > 1:
+            row |= {"clips": self.names, "clip_weights": self.weights}
         if method.guided_by == "noisy clip":
             row["noisy_clip"] = self.config.noisy_clip
             row["noisy_clip_hash"] = loaded.get(self.config.noisy_clip or "")
