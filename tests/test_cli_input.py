@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 from typing import get_type_hints
 
@@ -12,7 +13,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from clipward.cli import main
+from clipward.cli import app, main
 from clipward.cli.help import COMMANDS, overview, short_help
 from clipward.cli.messages import finish, one_line
 from clipward.cli.renamed import RENAMED, find_renamed
@@ -93,8 +94,12 @@ def test_the_examples_of_the_helps_are_understood(monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(ROOT)
     pages = [overview(), *(short_help(command) for command in COMMANDS)]
     for example in re.findall(r"^  clipward (.*)$", "\n".join(pages), re.MULTILINE):
+        arguments = shlex.split(example)
+        if arguments[0] == "app":
+            assert app.parse(arguments[1:]).keys() == signature(app.app).parameters.keys()
+            continue
         with exits():
-            main([*shlex.split(example), "--print_config"])
+            main([*arguments, "--print_config"])
 
 
 # configs

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from clipward.cli import main
+from clipward.cli.app import parse
 from clipward.cli.help import COMMANDS
 
 ROOT = Path(__file__).parent.parent
@@ -45,6 +46,8 @@ def test_the_command_is_understood(
     arguments = shlex.split(command, comments=True)
     if {"-h", "--help"} & set(arguments):
         main(arguments)
+    elif arguments[0] == "app":
+        print(parse(arguments[1:]))
     else:
         with pytest.raises(SystemExit) as stopped:
             main([*arguments, "--print_config"])

@@ -1,4 +1,4 @@
-"""The command line: ``clipward {fit,validate,test,predict,convert}``, and ``python cli.py`` in a checkout.
+"""The command line: ``clipward {fit,validate,test,predict,convert,app}``, and ``python cli.py`` in a checkout.
 
 Lightning takes seconds to import, so only a command that runs imports it.
 """
@@ -36,10 +36,10 @@ def run(args: list[str]) -> None:
         )
     elif HELP & set(rest):
         print(short_help(command))
-    elif command == "convert":
-        from clipward.cli import convert
+    elif command in ("convert", "app"):
+        from importlib import import_module
 
-        convert.run(["--help" if arg == "--help.all" else arg for arg in rest])
+        import_module(f"clipward.cli.{command}").run(["--help" if arg == "--help.all" else arg for arg in rest])
     else:
         from clipward.allocator import keep_freed_memory
         from clipward.cli import lightning_cli

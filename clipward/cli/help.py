@@ -170,6 +170,26 @@ COMMANDS = {
             },
         },
     ),
+    "app": Command(
+        "Open a page in the browser that draws pictures while you watch.",
+        (
+            "clipward app",
+            "clipward app -c celebahq",
+            "clipward app --weights mine.safetensors --port 8000",
+        ),
+        {
+            "The model": {
+                CONFIG: "faces (the default), celebahq, or a YAML file",
+                "--weights X": "a file, a folder, or a diffusers model on the hub",
+                "--device NAME": "such as cuda; by default a GPU where there is one",
+            },
+            "The page": {
+                "--host ADDRESS": "where it listens; 0.0.0.0 lets other machines in (default: 127.0.0.1)",
+                "--port N": "of the address (default: 7860)",
+                "--save_dir DIR": "the folder for pictures that you edit (default: out/app)",
+            },
+        },
+    ),
 }
 EXAMPLES = (
     'clipward predict --text "an old man with a smile"',
@@ -197,7 +217,7 @@ def short_help(name: str) -> str:
         title: [line for flag, text in flags.items() for line in _flag(name, flag, text)]
         for title, flags in command.groups.items()
     }
-    return _page(command.does, command.examples, groups, "" if name == "convert" else MORE)
+    return _page(command.does, command.examples, groups, "" if name in ("convert", "app") else MORE)
 
 
 def _flag(command: str, flag: str, text: str | None) -> list[str]:
