@@ -125,8 +125,11 @@ def test_fit_draws_the_samples_once_and_learns_from_them(
 
 
 @pytest.mark.slow
-def test_the_celebahq_config_draws_with_a_clip_distilled_for_it(tmp_path: Path) -> None:
+def test_the_celebahq_config_draws_with_a_clip_distilled_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The published model but for its width, in diffusers' format: distil from its own samples, and draw."""
+    monkeypatch.chdir(tmp_path)  # where the Trainer keeps its checkpoint
     network = UNet2DModel(
         sample_size=256,
         block_out_channels=(32, 32, 64, 64, 64, 64),
