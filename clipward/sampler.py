@@ -1,6 +1,7 @@
 """Guided sampling, plain torch: ``fit``, ``test``, ``predict`` and Python share it."""
 
 import gc
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from clipward.diffusion.denoiser import NetworkDenoiser, Prediction, VarType, add_noise, to_eps
+from clipward.diffusion.denoiser import ClassConditional, NetworkDenoiser, Prediction, VarType, add_noise, to_eps
 from clipward.diffusion.particles import Resampling
 from clipward.diffusion.sampling import Constraint, Inversion, KeepKnown, Noise, State, Update, ancestral, ddim
 from clipward.diffusion.sampling import sample as walk
@@ -56,6 +57,9 @@ class SamplingConfig:
             ``sde_dpmpp_2m`` or ``unipc``.
         ddim: take DDIM's steps in place of DDPM's.
         ddim_eta: DDIM's noise, from 0 (none) to 1 (as DDPM).
+        class_label: the name or the number of the class of all pictures, for a model of classes; by default any class.
+        class_weight: w of classifier-free guidance, (1 + w)·ε(x_t, c) − w·ε(x_t), beside what a text guides; 0 draws
+            the class as the network knows it, in half the time.
         var_type: DDPM's variance, which also scales the mean's shift; by default what the weights were made for.
         clip_denoised: clamp x̂0 to [-1, 1] at every step; by default what the weights were made for.
         batch_multiple: batches are filled up to a multiple of this. A network rounds differently in batches of other
@@ -73,6 +77,8 @@ class SamplingConfig:
     solver: SolverName | None = None
     ddim: bool = False
     ddim_eta: float = 0.0
+    class_label: str | int | None = None
+    class_weight: float = 0.0
     var_type: VarType | None = None
     clip_denoised: bool | None = None
     batch_multiple: int = 4
@@ -86,6 +92,8 @@ class SamplingConfig:
             raise InputError(f"sampling.interval: got {self.interval}, expected two rising numbers from 0 to 1")
         if self.weight_schedule is not None:
             WeightSchedule.parse(self.weight_schedule)
+        if not math.isfinite(self.class_weight):
+            raise InputError(f"class_weight: got {self.class_weight}, expected a finite number")
         if not 0 <= self.ddim_eta <= 1:
             raise InputError(f"ddim_eta: got {self.ddim_eta}, expected 0 to 1")
         if self.solver is not None and self.solver not in SOLVERS:
@@ -180,6 +188,16 @@ class Sampler:
         return self.architecture.clip_denoised if own is None else own
 
     @property
+    def class_label(self) -> int:
+        """The number of the class that all pictures are of; −1 for any.
+
+        Raises:
+            InputError: where the model has no such class.
+        """
+        given = self.config.class_label
+        return -1 if given is None else self.architecture.find_class(given)
+
+    @property
     def interval(self) -> tuple[float, float]:
         """The shares of T between which a text guides."""
         return self.config.interval or self.method.interval
@@ -221,8 +239,21 @@ class Sampler:
                     f"invert: got {self.config.solver or f'ddim_eta {self.config.ddim_eta:g}'} beside it, expected "
                     "neither a solver nor noise; an inverted picture goes back by DDIM's steps"
                 )
+        self._check_class()
         if self.var_type == "learned_range" and not self.architecture.unet.learns_variance:
             raise InputError("var_type: got learned_range, but the network has no variance; use fixed_small")
+
+    def _check_class(self) -> None:
+        unet, label, weight = self.architecture.unet, self.class_label, self.config.class_weight
+        if weight and label < 0:
+            raise InputError(f"class_weight: got {weight:g} without a class, expected --class_label with it")
+        if unet.num_classes is not None and not unet.null_class:
+            if label < 0:
+                raise InputError(f"class_label: got none, expected one of the {unet.num_classes} classes of this model")
+            if weight:
+                raise InputError(
+                    f"class_weight: got {weight:g}, expected 0, since this model was trained without label dropout"
+                )
 
     def sample_in_chunks(
         self,
@@ -453,7 +484,11 @@ class Sampler:
 
     def _guided_denoiser(self, objectives: Objectives | None, weight: Tensor) -> GuidedDenoiser:
         """What denoises one picture for each weight, (B,); without objectives, unguided."""
-        denoise = NetworkDenoiser(self.network, self.architecture.parametrisation, self.var_type)
+        network: Callable[[Tensor, Tensor], Tensor] = self.network
+        if self.architecture.unet.num_classes is not None:
+            channels = self.architecture.unet.image_channels
+            network = ClassConditional(self.network, channels, self.class_label, self.config.class_weight)
+        denoise = NetworkDenoiser(network, self.architecture.parametrisation, self.var_type)
         guidances: list[Guidance] = []
         place = self.method.clamp if self.clip_denoised else "never"
         if self.clip_denoised:
@@ -507,6 +542,11 @@ class Sampler:
     def _in_any_process(self, here: bool) -> bool:
         return here if self._any_process is None else self._any_process(here)
 
+    def _describe_class(self) -> dict[str, Any]:
+        if self.architecture.unet.num_classes is None:
+            return {}
+        return {"class_label": self.config.class_label, "class_weight": self.config.class_weight}
+
     def settings(self) -> dict[str, Any]:
         """How pictures are made, for the record."""
         config = self.config
@@ -522,6 +562,7 @@ class Sampler:
             "sampler": config.solver or (f"ddim(eta={config.ddim_eta:g})" if config.ddim else "ddpm"),
             **({"ddim_eta": config.ddim_eta} if config.ddim else {}),
             "var_type": self.var_type,
+            **self._describe_class(),
             "clip_denoised": self.clip_denoised,
         }
 

@@ -43,6 +43,8 @@ class CelebAHQDataModule(L.LightningDataModule):
         labels: attributes of the pictures and their values, each with a column that is true of it, of booleans or
             numbers: ``{gender: {woman: not male, man: male}, hair: {black: black_hair, red: null}}``. Batches then have
             ``labels``: the position of a picture's value in this order, −1 where none or several are true.
+        classes: the attribute of ``labels`` whose values are the classes of ``unet.num_classes``; a picture without one
+            of them trains the null class.
         first: the first row to use, in the order of the data set, or of the names in a folder.
         count: how many rows to use; all that follow by default.
         val_count: pictures kept for validation, the last ones. By default a fiftieth, from 1 to 512, where that leaves
@@ -71,8 +73,13 @@ class CelebAHQDataModule(L.LightningDataModule):
         cache: bool = False,
         strict: bool = False,
         channels: int = 3,
+        classes: str | None = None,
     ) -> None:
         super().__init__()
+        if classes is not None and classes not in (labels or {}):
+            raise InputError(f"data.classes: got {shorten(classes)}, expected an attribute of data.labels")
+        self.classes = classes
+        self.class_names = None if classes is None else list((labels or {})[classes])
         check_loading(size, batch_size, num_workers)
         check_channels(channels, sorted(CONVERTERS))
         check_whole(1, MOST_PICTURES, count=1 if count is None else count)
@@ -104,6 +111,7 @@ class CelebAHQDataModule(L.LightningDataModule):
         good = self._choose(sources, captions)
         held_out = self._held_out(len(good))
         pictures = Pictures(sources, to_pair(self.size), captions, labels, self.cache, self.channels)
+        pictures.class_column = None if self.classes is None else list(self.labels or {}).index(self.classes)
         self.train_set = Subset(pictures, good[: len(good) - held_out])
         self.val_set = Subset(pictures, good[len(good) - held_out :] or good)
 
@@ -182,6 +190,7 @@ class Pictures(Dataset[dict]):
     ) -> None:
         self.sources, self.size, self.captions, self.labels = sources, size, captions, labels
         self.channels = channels
+        self.class_column: int | None = None  # of the labels, which holds the class
         self._kept: dict[int, Tensor] | None = {} if cache else None
 
     def __len__(self) -> int:
@@ -193,6 +202,8 @@ class Pictures(Dataset[dict]):
             item["caption"] = self.captions[index]
         if self.labels is not None:
             item["labels"] = self.labels[index]
+            if self.class_column is not None:
+                item["class_label"] = self.labels[index, self.class_column]
         return item
 
     def _pixels(self, index: int) -> Tensor:

@@ -316,9 +316,19 @@ class Faces(Dataset[dict]):
         size: height and width in pixels, or a pair of them; of a face with other sides, the middle.
         detail: share of the captions that name all attributes.
         channels: 3 for RGB, or 1 for its luma.
+        classes: the attribute whose label is ``class_label`` too.
     """
 
-    def __init__(self, seed: int, count: int, size: Size = 64, detail: float = 0.5, channels: int = 3) -> None:
+    def __init__(
+        self,
+        seed: int,
+        count: int,
+        size: Size = 64,
+        detail: float = 0.5,
+        channels: int = 3,
+        classes: str | None = None,
+    ) -> None:
+        self.classes = classes
         self.seed, self.count, self.size, self.detail = seed, count, to_pair(size), detail
         self.mode = "RGB" if channels == 3 else "L"
         self._pixels = torch.zeros(count, channels, *self.size, dtype=torch.uint8)
@@ -339,7 +349,8 @@ class Faces(Dataset[dict]):
         image = self._pixels[index].float() / 127.5 - 1
         face = attributes(self.seed, index)
         labels = torch.tensor([values.index(face[name]) for name, values in ATTRIBUTES.items()])
-        return {"image": image, "caption": caption(self.seed, index, self.detail), "labels": labels}
+        item = {"image": image, "caption": caption(self.seed, index, self.detail), "labels": labels}
+        return item if self.classes is None else item | {"class_label": labels[list(ATTRIBUTES).index(self.classes)]}
 
 
 class FacesDataModule(L.LightningDataModule):
@@ -355,6 +366,7 @@ class FacesDataModule(L.LightningDataModule):
         batch_size: faces a batch, on each device.
         num_workers: processes that draw; 0 draws in the training process and keeps what it drew.
         channels: 3 for colour, or 1 for grey.
+        classes: the attribute whose values are the classes of ``unet.num_classes``, such as ``hair``.
     """
 
     def __init__(
@@ -367,8 +379,13 @@ class FacesDataModule(L.LightningDataModule):
         batch_size: int = 64,
         num_workers: int = 0,
         channels: int = 3,
+        classes: str | None = None,
     ) -> None:
         super().__init__()
+        if classes is not None and classes not in ATTRIBUTES:
+            raise InputError(f"data.classes: got {shorten(classes)}, expected one of {', '.join(ATTRIBUTES)}")
+        self.classes = classes
+        self.class_names = None if classes is None else list(ATTRIBUTES[classes])
         check_loading(size, batch_size, num_workers)
         check_channels(channels, (1, 3))
         check_whole(0, MOST_PICTURES, train_count=train_count, val_count=val_count)
@@ -396,7 +413,7 @@ class FacesDataModule(L.LightningDataModule):
 
     def _faces(self, seed: int, count: int) -> Faces:
         try:
-            return Faces(seed, count, self.size, self.caption_detail, self.channels)
+            return Faces(seed, count, self.size, self.caption_detail, self.channels, self.classes)
         except RuntimeError as error:  # torch has no memory for them
             raise InputError(
                 f"data.size: got {self.size}, expected less, or fewer than {count} faces, to fit in memory"

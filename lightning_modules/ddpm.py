@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -38,17 +38,22 @@ class TrainingConfig(OptimConfig):
         warmup_steps: as in :class:`OptimConfig`.
         cooldown_steps: as in :class:`OptimConfig`.
         ema_decay: of the averaged weights, which validation, sampling and prediction use; from 0 to below 1.
+        label_dropout: the share of pictures that train the null class in place of their own, where ``unet.num_classes``
+            is given (Ho & Salimans 2022, Alg. 1, who use 0.1 to 0.2).
         min_snr_gamma: weigh the loss of x0 at each level by min(SNR, γ), SNR = ᾱ/(1−ᾱ) (Hang et al. 2023, who use 5),
             which needs fewer pictures; by default all levels weigh the same in the network's own parametrisation.
     """
 
     ema_decay: float = 0.9999
     min_snr_gamma: float | None = None
+    label_dropout: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.ema_decay < 1:
             raise InputError(f"optim.ema_decay: got {self.ema_decay}, expected 0 to below 1")
+        if not 0 <= self.label_dropout <= 1:
+            raise InputError(f"optim.label_dropout: got {self.label_dropout}, expected 0 to 1")
         gamma = self.min_snr_gamma
         if gamma is not None and not 0 < gamma < float("inf"):
             raise InputError(f"optim.min_snr_gamma: got {gamma}, expected a finite number above 0")
@@ -133,6 +138,7 @@ class DDPMModule(Reproducible):
         weights = None if source is None else load_weights(source, self.use_ema)
         if weights is not None:
             self.architecture, self.weights_path = weights.architecture, source
+        self._take_class_names()
         self.unet = UNet(self.architecture.unet)
         self.unet.checkpointing = self.checkpoint_activations
         if weights is not None:
@@ -150,6 +156,13 @@ class DDPMModule(Reproducible):
             self.sampler.check(data.list_walks() if isinstance(data, HasRequests) else [None])
             check_shown(self.architecture.unet.image_channels)
 
+    def _take_class_names(self) -> None:
+        """Record the names of the data's classes, which the weights are trained on."""
+        data = None if self._trainer is None or not self.trainer.training else self.trainer.datamodule
+        names = getattr(data, "class_names", None)
+        if names is not None and self.architecture.unet.num_classes is not None:
+            self.architecture = replace(self.architecture, class_names=tuple(names))
+
     def averaged(self) -> AbstractContextManager[None]:
         """A context within which the network has the averaged weights."""
         return nullcontext() if self.ema is None else self.ema.applied()
@@ -160,7 +173,9 @@ class DDPMModule(Reproducible):
 
     # training
 
-    def loss(self, x0: Tensor, t: Tensor, eps: Tensor, gamma: float | None = None) -> Tensor:
+    def loss(
+        self, x0: Tensor, t: Tensor, eps: Tensor, gamma: float | None = None, label: Tensor | None = None
+    ) -> Tensor:
         """L_simple (Ho et al. 2020, eq. 14) in the network's own parametrisation, averaged over the batch.
 
         A network that learns its variance has 0.001·L_vlb added (Nichol & Dhariwal 2021, eq. 16).
@@ -170,11 +185,12 @@ class DDPMModule(Reproducible):
             t: (B,).
             eps: (B, C, H, W), the noise of x_t.
             gamma: of the min-SNR weights, see :class:`TrainingConfig`; None weighs all levels the same.
+            label: (B,) classes, −1 for any, for a network of classes.
         """
         architecture = self.architecture
         alpha_bar = self.schedule.alpha_bar.to(torch.float32).to(x0.device)[t][:, None, None, None]
         x = add_noise(x0, eps, alpha_bar)
-        output, *share = self.unet(x, t).float().split(x0.shape[1], dim=1)
+        output, *share = self.unet(x, t, label).float().split(x0.shape[1], dim=1)
         squares = (output - training_target(x0, eps, alpha_bar, architecture.parametrisation)) ** 2
         if gamma is not None:
             squares = min_snr_weight(alpha_bar, gamma, architecture.parametrisation) * squares
@@ -188,9 +204,20 @@ class DDPMModule(Reproducible):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         x0 = batch["image"]
         t = torch.randint(len(self.schedule), (len(x0),), device=x0.device)
-        loss = self.loss(x0, t, torch.randn_like(x0), self.optim.min_snr_gamma)
+        eps, label = torch.randn_like(x0), self._label(batch)
+        if label is not None and self.architecture.unet.null_class:
+            label = torch.where(torch.rand(len(x0), device=x0.device) < self.optim.label_dropout, -1, label)
+        loss = self.loss(x0, t, eps, self.optim.min_snr_gamma, label)
         self.log("train/loss", loss, prog_bar=True)
         return loss
+
+    def _label(self, batch: dict[str, Any]) -> Tensor | None:
+        """The classes of a batch, (B,), for a network of classes."""
+        if self.architecture.unet.num_classes is None:
+            return None
+        if "class_label" not in batch:
+            raise InputError("data.classes: got none, expected what the classes are, since the model has num_classes")
+        return batch["class_label"]
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         x0 = batch["image"]
@@ -198,7 +225,7 @@ class DDPMModule(Reproducible):
         t = torch.randint(len(self.schedule), (len(x0),), generator=fixed).to(x0.device)
         eps = torch.randn(x0.shape, generator=fixed).to(x0.device)
         with self.averaged():
-            loss = self.loss(x0, t, eps)
+            loss = self.loss(x0, t, eps, label=self._label(batch))
         self.log("val/loss", loss, batch_size=len(x0), prog_bar=True, sync_dist=True)
 
     def on_fit_start(self) -> None:
@@ -338,6 +365,9 @@ class DDPMModule(Reproducible):
         super().on_load_checkpoint(checkpoint)
         self.configure_model()
         given = Architecture.from_dict(checkpoint["architecture"])
+        if self.architecture.class_names is None and given.class_names is not None:
+            self.architecture = replace(self.architecture, class_names=given.class_names)
+            self.sampler.architecture = self.architecture
         difference = given.difference(self.architecture)
         if difference:
             raise InputError(f"ckpt_path: the checkpoint has {difference} as the config; use its own config")

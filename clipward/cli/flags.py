@@ -52,6 +52,15 @@ MODEL_FLAGS = {
         sets="sampling.skip_type",
     ),
     "solver": Flag("who takes the steps, for fewer: dpmpp_2m, sde_dpmpp_2m or unipc", "NAME", sets="sampling.solver"),
+    "class_label": Flag(
+        "the class of the pictures, by name or number, for a model of classes", "X", str, sets="sampling.class_label"
+    ),
+    "class_weight": Flag(
+        "w of classifier-free guidance towards that class; 0 draws it as it is",
+        "W",
+        float,
+        sets="sampling.class_weight",
+    ),
     "ddim": Flag("take DDIM's steps, not DDPM's", sets="sampling.ddim"),
     "ddim_eta": Flag("DDIM's noise, from 0 to 1", "X", sets="sampling.ddim_eta"),
     "var_type": Flag("DDPM's variance: fixed_small, fixed_large or learned_range", "NAME", sets="sampling.var_type"),

@@ -51,6 +51,7 @@ COMMANDS = {
                 DATA: PICTURES,
                 "--data.size N": "height and width in pixels, or '[HEIGHT, WIDTH]'",
                 "--data.channels N": "1 for grey, 3 for RGB, 4 for RGBA",
+                "--data.classes NAME": "the attribute that unet.num_classes counts",
                 "--data.batch_size N": "pictures in a batch on each device",
                 "--data.num_workers N": "processes that read pictures",
             },
@@ -138,7 +139,7 @@ COMMANDS = {
             },
             "The model": {
                 CONFIG: "faces (the default), celebahq, or a YAML file",
-                **own("weights", "skip_steps", "solver", "ddim"),
+                **own("weights", "class_label", "class_weight", "skip_steps", "solver", "ddim"),
                 "--trainer.devices N": "processes; add -c ddp or -c fsdp for more than one",
             },
             "One picture again": own("again", "vary"),

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from clipward.diffusion.schedule import Step
 from clipward.errors import InputError
@@ -68,6 +68,32 @@ def training_target(x0: Tensor, eps: Tensor, alpha_bar: Tensor, parametrisation:
     return alpha_bar**0.5 * eps - (1 - alpha_bar) ** 0.5 * x0
 
 
+class ClassConditional:
+    """A network of classes with classifier-free guidance: (1 + w)·ε(x_t, c) − w·ε(x_t) (Ho & Salimans 2022, eq. 6).
+
+    w = 0 is the network of the class as it is; other projects' guidance scale is 1 + w. The output is mixed as it is,
+    for ε, x0 and v are the same mixture. A learned variance is that of the class. Other guidance differentiates through
+    both passes, so that its gradient is that of what is sampled.
+
+    Args:
+        network: maps x_t, t and (B,) labels, −1 for any class, to its output.
+        channels: of x_t; the output may have a variance behind them.
+        label: the class of all images; −1 for any.
+        weight: w.
+    """
+
+    def __init__(self, network: Callable[..., Tensor], channels: int, label: int, weight: float) -> None:
+        self.network, self.channels, self.label, self.weight = network, channels, label, weight
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        output = self.network(x, t, torch.full_like(t, self.label))
+        if self.weight == 0 or self.label < 0:
+            return output
+        output, other = output.float(), self.network(x, t, torch.full_like(t, -1)).float()[:, : self.channels]
+        mean, rest = output[:, : self.channels], output[:, self.channels :]
+        return torch.cat([mean + self.weight * (mean - other), rest], dim=1)
+
+
 class NetworkDenoiser:
     """A network ``(x_t, t) -> output`` read as a :data:`Denoiser`.
 
@@ -78,7 +104,9 @@ class NetworkDenoiser:
             ``learned_range`` interpolates their logarithms (Nichol & Dhariwal 2021, eq. 15).
     """
 
-    def __init__(self, network: nn.Module, parametrisation: Parametrisation, var_type: VarType) -> None:
+    def __init__(
+        self, network: Callable[[Tensor, Tensor], Tensor], parametrisation: Parametrisation, var_type: VarType
+    ) -> None:
         self.network, self.parametrisation, self.var_type = network, parametrisation, var_type
 
     def __call__(self, x: Tensor, step: Step) -> Prediction:

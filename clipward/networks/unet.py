@@ -15,7 +15,7 @@ from clipward.networks.lean import Conv2d, norm_silu
 
 MOST = {  # of what a file may claim, far above any network that was ever made
     **{"image_channels": 2**10, "out_channels": 2**11, "patch": 2**8, "num_res_blocks": 2**7},
-    **{"norm_groups": 2**16, "head_channels": 2**16, "channels": 2**16, "levels": 16},
+    **{"norm_groups": 2**16, "head_channels": 2**16, "channels": 2**16, "levels": 16, "num_classes": 2**20},
 }
 
 
@@ -42,6 +42,9 @@ class UNetConfig:
             TensorFlow code; 1 on all sides.
         freq_shift: the lowest frequency that t is embedded by is 10000^(−(n − 1)/(n − freq_shift)) of n: 1 in Ho et
             al.'s code, 0 in OpenAI's.
+        num_classes: how many classes a picture may be of, whose embeddings are added to that of t; none by default.
+        null_class: whether one more embedding, the last, stands for pictures of any class. Label dropout trains it, and
+            classifier-free guidance needs it. Other projects' weights are read without one.
 
     Raises:
         InputError: where a number is out of its range, or channels do not divide into groups or heads.
@@ -61,9 +64,12 @@ class UNetConfig:
     resblock_updown: bool = False
     downsample_padding: Literal[0, 1] = 0
     freq_shift: Literal[0, 1] = 1
+    num_classes: int | None = None
+    null_class: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("image_channels", "out_channels", "patch", "num_res_blocks", "norm_groups", "head_channels"):
+        counts = ("image_channels", "out_channels", "patch", "num_res_blocks", "norm_groups", "head_channels")
+        for name in (*counts, "num_classes"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= MOST[name]:
                 raise InputError(f"unet.{name}: got {shorten(value)}, expected 1 to {MOST[name]}")
@@ -95,6 +101,11 @@ class UNetConfig:
             )
 
     @property
+    def class_embeddings(self) -> int:
+        """How many there are."""
+        return 0 if self.num_classes is None else self.num_classes + self.null_class
+
+    @property
     def learns_variance(self) -> bool:
         return self.out_channels == 2 * self.image_channels
 
@@ -115,6 +126,9 @@ class UNet(nn.Module):
         self.checkpointing = False  # recompute each block's activations on the way back, in place of keeping them
         time_dim = 4 * channels[0]
         self.time_in, self.time_out = nn.Linear(channels[0], time_dim), nn.Linear(time_dim, time_dim)
+        self.num_classes, self.null_class = config.num_classes, config.null_class
+        if config.num_classes is not None:
+            self.class_embedding = nn.Embedding(config.class_embeddings, time_dim)
 
         def res(c_in: int, c_out: int, resize: nn.Module | None = None) -> ResBlock:
             return ResBlock(c_in, c_out, time_dim, config, resize)
@@ -163,11 +177,23 @@ class UNet(nn.Module):
         """What to shard a large network by."""
         return [module for module in self.modules() if isinstance(module, ResBlock | Attention)]
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """x: (B, C, H, W), H and W multiples of the stride; t: (B,) timesteps. Returns (B, out_channels, H, W)."""
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+        """The network's output, (B, out_channels, H, W).
+
+        Args:
+            x: (B, C, H, W), H and W multiples of the stride.
+            t: (B,) timesteps.
+            label: (B,) classes from 0, or −1 for pictures of any class, which None stands for too.
+
+        Raises:
+            InputError: for a picture of any class, where the network knows none such.
+        """
         x = x.to(self.conv_in.weight.dtype)
         emb = time_embedding(t, self.time_channels, self.freq_shift).to(x.dtype)
-        emb = F.silu(self.time_out(F.silu(self.time_in(emb))))
+        emb = self.time_out(F.silu(self.time_in(emb)))
+        if self.num_classes is not None:
+            emb = emb + self.class_embedding(self._to_rows(label, t))
+        emb = F.silu(emb)
         h = self.conv_in(F.pixel_unshuffle(x, self.patch))
         skips = [h]
         for stage in cast("Iterable[Stage]", self.down):
@@ -186,6 +212,12 @@ class UNet(nn.Module):
                 h = stage.resample(h, emb)
         h = self.conv_out(norm_silu(self.norm_out, h))
         return F.pixel_shuffle(h, self.patch)
+
+    def _to_rows(self, label: Tensor | None, t: Tensor) -> Tensor:
+        label = torch.full_like(t, -1) if label is None else label
+        if not self.null_class and (label < 0).any():
+            raise InputError(f"class_label: got none, expected one of the {self.num_classes} classes of this network")
+        return torch.where(label < 0, self.num_classes or 0, label)
 
     def _run(self, block: nn.Module, h: Tensor, emb: Tensor) -> Tensor:
         if self.checkpointing and torch.is_grad_enabled():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from clipward.diffusion.denoiser import Parametrisation, VarType
 from clipward.diffusion.schedule import Betas, Schedule, ScheduleName
-from clipward.errors import InputError, shorten
+from clipward.errors import InputError, list_names, shorten
 from clipward.files import check_state
 from clipward.networks.unet import UNet, UNetConfig
 from clipward.weights.fields import parse_dataclass
@@ -19,6 +19,7 @@ MOST_PIXELS, MOST_TIMESTEPS = 2**14, 10**6  # a file may claim anything
 # fields that the first files did not have, whose defaults are what those files mean
 ADDED_LATER = {
     *("betas", "var_type", "clip_denoised"),
+    *("num_classes", "null_class", "class_names"),
     *("head_channels", "scale_shift_norm", "resblock_updown", "downsample_padding", "freq_shift"),
 }
 
@@ -37,6 +38,7 @@ class Architecture:
         var_type: the variance that it is sampled with by default: the learned one where the network has one, else
             the small one.
         clip_denoised: whether x̂0 is clamped to [-1, 1] at every step by default.
+        class_names: of the classes of ``unet.num_classes``, in their order; ``fit`` takes them from its data.
 
     Raises:
         InputError: where a number is out of its range.
@@ -50,6 +52,7 @@ class Architecture:
     parametrisation: Parametrisation = "eps"
     var_type: VarType | None = None
     clip_denoised: bool = True
+    class_names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         stride = self.unet.stride
@@ -66,6 +69,11 @@ class Architecture:
             raise InputError(f"num_timesteps: got {given}, expected 1 to {MOST_TIMESTEPS}")
         if not all(0 < beta < 1 for beta in self.betas) or self.betas[0] > self.betas[1]:
             raise InputError(f"betas: got {shorten(list(self.betas))}, expected two rising numbers between 0 and 1")
+        if self.class_names is not None and len(self.class_names) != (self.unet.num_classes or 0):
+            raise InputError(
+                f"unet.num_classes: got {self.unet.num_classes}, expected {len(self.class_names)}, for the classes "
+                f"{list_names(self.class_names)}"
+            )
         if self.var_type is None:
             object.__setattr__(self, "var_type", "learned_range" if self.unet.learns_variance else "fixed_small")
 
@@ -76,6 +84,22 @@ class Architecture:
             return self.image_size, self.image_size
         height, width = self.image_size
         return height, width
+
+    def find_class(self, label: str | int) -> int:
+        """The number of a class, by its name or its number.
+
+        Raises:
+            InputError: where the model has no such class.
+        """
+        count, names = self.unet.num_classes, self.class_names or ()
+        if count is None:
+            raise InputError(f"class_label: got {shorten(label)}, expected none, since the model knows no classes")
+        if str(label) in names:
+            return names.index(str(label))
+        if str(label).isascii() and str(label).isdigit() and int(label) < count:
+            return int(label)
+        known = f"one of {list_names(names)}, or a" if names else "a"
+        raise InputError(f"class_label: got {shorten(label)}, expected {known} number from 0 to {count - 1}")
 
     @property
     def variance(self) -> VarType:

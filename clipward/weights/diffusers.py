@@ -29,6 +29,7 @@ NAME = "diffusers"
 VERSION = "0.35.0"  # whose names these are
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(?<!\.ckpt)(?<!\.pt)(?<!\.pth)(?<!\.bin)(?<!\.safetensors)")
 FILES = tuple(f"diffusion_pytorch_model.{kind}" for kind in ("safetensors", "bin"))
+OWN = "clipward"  # our key in the config of the network
 NETWORK_FILE, SCHEDULER_FILE, PIPELINE_FILE = "config.json", "scheduler_config.json", "model_index.json"
 
 # settings by our names: what diffusers calls them, and its defaults
@@ -43,6 +44,7 @@ NETWORK_SETTINGS: dict[str, tuple[str, Any]] = {
     "head_channels": ("attention_head_dim", 8),
     "downsample_padding": ("downsample_padding", 1),
     "freq_shift": ("freq_shift", 0),
+    "num_classes": ("num_class_embeds", None),
 }
 SCHEDULER_SETTINGS: dict[str, tuple[str, Any]] = {
     "num_timesteps": ("num_train_timesteps", 1000),
@@ -66,7 +68,6 @@ ONLY_NETWORK: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu", "swish"),
     "add_attention": (True,),
     "class_embed_type": (None,),
-    "num_class_embeds": (None,),
     "resnet_time_scale_shift": ("default", "scale_shift"),
     "downsample_type": ("conv", "resnet", None),
     "upsample_type": ("conv", "resnet", None),
@@ -166,8 +167,10 @@ def read_architecture(network: Mapping[str, Any], scheduler: Mapping[str, Any]) 
     values["clip_denoised"] &= scheduler.get("_class_name", CLAMPING[0]) in CLAMPING
     if values["clip_denoised"] and scheduler.get("clip_sample_range", 1) != 1:
         raise _refusal("clip_sample_range", scheduler["clip_sample_range"], SCHEDULER_FILE, "1")
+    names = _read_own(network).get("class_names")
     return Architecture(
         unet,
+        class_names=parse(tuple[str, ...] | None, names, f"class_names in {NETWORK_FILE}"),
         image_size=_read_size(network),
         schedule=_translate_word(scheduler, "beta_schedule", _invert(BETA_SCHEDULES), "linear"),
         betas=(_read_beta(scheduler, "beta_start", 1e-4), _read_beta(scheduler, "beta_end", 0.02)),
@@ -197,6 +200,9 @@ def read_unet(config: Mapping[str, Any]) -> UNetConfig:
     middle = config.get("attn_norm_num_groups")
     if middle != groups and (middle is not None or scale_shift):  # without a number, scale_shift takes the norm away
         raise _refusal("attn_norm_num_groups", middle, NETWORK_FILE, f"norm_num_groups, {groups}")
+    if values["num_classes"] is not None:
+        values["null_class"] = parse(bool, _read_own(config).get("null_class", False), f"null_class in {NETWORK_FILE}")
+        values["num_classes"] -= values["null_class"]
     if values["out_channels"] == values["image_channels"]:
         values["out_channels"] = None
     return UNetConfig(
@@ -282,6 +288,11 @@ def _read_beta(scheduler: Mapping[str, Any], setting: str, default: float) -> fl
     return parse(float, scheduler.get(setting, default), f"{setting} in {SCHEDULER_FILE}")
 
 
+def _read_own(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What we wrote beside diffusers' settings, which say neither names of classes nor whether one is the null."""
+    return parse(dict, config.get(OWN, {}), f"{OWN} in {NETWORK_FILE}")
+
+
 def _read_size(network: Mapping[str, Any]) -> int | tuple[int, int]:
     size = network.get("sample_size")
     kind = int | tuple[int, int]
@@ -343,6 +354,13 @@ def make_configs(architecture: Architecture) -> dict[str, dict[str, Any]]:
     Raises:
         InputError: where diffusers has no such network.
     """
+    own: dict[str, Any] = {}
+    if architecture.unet.num_classes is not None:
+        names = architecture.class_names
+        own[OWN] = {
+            "null_class": architecture.unet.null_class,
+            "class_names": None if names is None else list(names),
+        }
     pipeline = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDPMScheduler"]}
     scheduler = {
         "_class_name": "DDPMScheduler",
@@ -357,7 +375,7 @@ def make_configs(architecture: Architecture) -> dict[str, dict[str, Any]]:
     }
     return {
         "model_index.json": {"_class_name": "DDPMPipeline", "_diffusers_version": VERSION, **pipeline},
-        "unet/config.json": make_network_config(architecture.unet, architecture.image_size),
+        "unet/config.json": make_network_config(architecture.unet, architecture.image_size) | own,
         "scheduler/scheduler_config.json": scheduler,
     }
 
@@ -398,6 +416,7 @@ def make_network_config(config: UNetConfig, image_size: int | tuple[int, int]) -
         "dropout": config.dropout,
         "act_fn": "silu",
         "attention_head_dim": config.head_channels,
+        "num_class_embeds": config.class_embeddings or None,
         "norm_num_groups": config.norm_groups,
         "attn_norm_num_groups": config.norm_groups,
         "norm_eps": config.norm_eps,

@@ -9,8 +9,15 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from clipward.errors import InputError, shorten
 
 Parsed = TypeVar("Parsed")
-ONE = {int: "a whole number", float: "a number", bool: "true or false", dict: "a dictionary", NoneType: "null"}
-MANY = {int: "whole numbers", float: "numbers"}
+ONE = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    dict: "a dictionary",
+    NoneType: "null",
+}
+MANY = {int: "whole numbers", float: "numbers", str: "texts"}
 
 
 def parse_dataclass(kind: type[Parsed], values: Any, name: str, optional: Collection[str] = ()) -> Parsed:

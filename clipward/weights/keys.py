@@ -122,6 +122,8 @@ def infer_config(state: State, naming: Naming, **family: Any) -> UNetConfig:
         attention_levels=tuple(i for i in levels if has(f"down.{i}.attentions.0.norm.weight")),
         scale_shift_norm=shape("down.0.blocks.0.time.weight")[0] == 2 * channels[0],
         resblock_updown=has("down.0.resample.norm1.weight"),
+        num_classes=shape("class_embedding.weight")[0] if has("class_embedding.weight") else None,
+        null_class=not has("class_embedding.weight"),
         **family,
     )
 

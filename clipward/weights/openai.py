@@ -74,6 +74,7 @@ def make_naming(levels: int, num_res_blocks: int, attended: Sequence[int]) -> Na
         ("conv_out", "out.2"),
         ("time_in", "time_embed.0"),
         ("time_out", "time_embed.2"),
+        ("class_embedding", "label_emb"),
         ("norm1", "in_layers.0"),
         ("conv1", "in_layers.2"),
         ("time", "emb_layers.1"),
