@@ -10,11 +10,19 @@ GAP, INK = 2, (20, 20, 24)
 
 @dataclass(frozen=True)
 class Cell:
-    """The place of a picture in a figure. Unguided pictures have no text and the weight 0."""
+    """The place of a picture in a figure.
+
+    Args:
+        seed: of its row.
+        text: empty for an unguided picture.
+        guidance_weight: 0 for an unguided picture, and None for an init image that was edited.
+        edit: what its row has in common beside the seed, such as the name of an init image.
+    """
 
     seed: int
     text: str
-    guidance_weight: float
+    guidance_weight: float | None
+    edit: str = ""
 
 
 def draw_figure(pictures: dict[Cell, Image.Image], cell_size: int | None = None) -> Image.Image:
@@ -37,11 +45,11 @@ def draw_figure(pictures: dict[Cell, Image.Image], cell_size: int | None = None)
     size = max(first.size)
     cell_size = cell_size or size * max(1, -(-160 // size))
     wide, high = (max(1, round(cell_size * side / size)) for side in first.size)
-    seeds = list(dict.fromkeys(cell.seed for cell in pictures))
+    places = list(dict.fromkeys((cell.seed, cell.edit) for cell in pictures))
     columns = list(dict.fromkeys((cell.text, cell.guidance_weight) for cell in pictures))
     texts = list(dict.fromkeys(text for text, _ in columns))
     columns.sort(key=lambda column: texts.index(column[0]))
-    across, down = len(columns), len(seeds)
+    across, down = len(columns), len(places)
     if across == 1:
         across = math.isqrt(down - 1) + 1
         down = -(-down // across)
@@ -61,12 +69,12 @@ def draw_figure(pictures: dict[Cell, Image.Image], cell_size: int | None = None)
         for i, row in enumerate(rows):
             draw.text((middle, line * (i + 0.6)), row, INK, big, anchor="mm")
     for i, (_, weight) in enumerate(columns):
-        heading = f"weight {weight:g}" if weight else "unguided"
+        heading = "init image" if weight is None else f"weight {weight:g}" if weight else "unguided"
         middle = GAP + pitch * (across / 2 if len(columns) == 1 else i + 0.5)
         draw.text((middle, top - wide * 0.12), heading, INK, small, anchor="mm")
 
     draw.rectangle((0, top, canvas.width, canvas.height), INK)
-    cells = [Cell(seed, text, weight) for seed in seeds for text, weight in columns]
+    cells = [Cell(seed, text, weight, edit) for seed, edit in places for text, weight in columns]
     for i in range(across * down):
         left, upper = GAP + pitch * (i % across), top + GAP + step * (i // across)
         picture = pictures.get(cells[i]) if i < len(cells) else None

@@ -1,8 +1,10 @@
 """The callback of ``predict``: it writes pictures, ``metadata.jsonl``, a figure, a page and the command's config."""
 
+import json
 import os
 from collections.abc import Iterator, Mapping, Set, Sized
 from contextlib import suppress
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,7 +29,7 @@ from clipward.callbacks.gallery import (
 )
 from clipward.callbacks.gallery_page import write_page
 from clipward.callbacks.signals import StopSignals
-from clipward.editing import find_changed
+from clipward.editing import EDIT_FIELDS, Edit, find_changed
 from clipward.errors import InputError, shorten
 from clipward.files import FolderLock, atomic_write, check_writable
 from clipward.sampler import HasSampler, to_picture
@@ -110,7 +112,7 @@ class PredictionWriter(BasePredictionWriter):
             )
         if difference:
             return set()
-        self.gallery.drop_damaged(self._shown())
+        self.gallery.drop_damaged(row for _, row in self._shown())
         return self.gallery.indices()
 
     def check(self, requests: Any) -> set[int]:
@@ -264,31 +266,40 @@ class PredictionWriter(BasePredictionWriter):
         if count:
             print(f"open {self.save_dir / PAGE} in a browser to look through them")
 
-    def _shown(self) -> Iterator[dict[str, Any]]:
-        """Yield the rows of the first seeds, texts and weights, which the figure shows."""
-        seeds: set[int] = set()
-        columns: set[tuple[str, float]] = set()
+    def _shown(self) -> Iterator[tuple[Cell, dict[str, Any]]]:
+        """Yield the first rows of metadata with their places in the figure: the first seeds and edits by columns."""
+        places: set[tuple[int, str]] = set()
+        columns: set[tuple[str, float | None]] = set()
         for row in self.gallery.rows():
             with suppress(KeyError, TypeError):  # a line that another one has changed
-                seed, column = row["seed"], (row["text"], row["guidance_weight"])
-                if (seed in seeds or len(seeds) < GRID_ROWS) and (column in columns or len(columns) < GRID_COLUMNS):
-                    seeds.add(seed)
+                edit = {name: row[name] for name in EDIT_FIELDS if name in row}
+                label = json.dumps(edit, sort_keys=True) if edit else ""
+                cell = Cell(row["seed"], row["text"], row["guidance_weight"], label)
+                place, column = (cell.seed, cell.edit), (cell.text, cell.guidance_weight)
+                if (place in places or len(places) < GRID_ROWS) and (column in columns or len(columns) < GRID_COLUMNS):
+                    places.add(place)
                     columns.add(column)
-                    yield row
+                    yield cell, row
 
     def draw_grid(self) -> tuple[int, int]:
-        """Draw the first seeds, texts and weights as a figure.
+        """Draw the first seeds, texts and weights as a figure, beside the init images that were edited.
 
         Returns:
             how many pictures there are, and how many of them the figure shows.
         """
         pictures: dict[Cell, Image.Image] = {}
+        originals: dict[Cell, Image.Image] = {}
         common: dict[str, Any] = {}
-        for row in self._shown():
-            pictures[Cell(row["seed"], row["text"], row["guidance_weight"])] = self.gallery.open(row)
+        for cell, row in self._shown():
+            pictures[cell] = self.gallery.open(row)
+            if isinstance(row.get("init_image"), str):
+                with suppress(InputError):  # a file that is gone by now
+                    size = pictures[cell].size
+                    original = Edit(row["init_image"]).read_image((3, size[1], size[0]))
+                    originals[replace(cell, text="", guidance_weight=None)] = to_picture(original)
             common = common or {name: value for name, value in row.items() if name not in PER_PICTURE}
         if pictures:
-            save_png(self.save_dir / GRID, draw_figure(pictures), to_line(common))
+            save_png(self.save_dir / GRID, draw_figure(originals | pictures), to_line(common))
         return len(self.gallery.indices()), len(pictures)
 
 

@@ -5,7 +5,7 @@ import io
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 from numbers import Real
@@ -83,9 +83,9 @@ class Edit:
         return self.mask is not None or self.outpaint is not None
 
     @property
-    def walk(self) -> tuple[Any, ...] | None:
-        """What the steps depend on; pictures of one batch have it in common. None for a walk from pure noise."""
-        return None if self.init_image is None else (self.strength, self.masked, self.invert)
+    def kind(self) -> tuple[Any, ...]:
+        """What the steps and the guidance of a batch depend on; the pictures of one batch have it in common."""
+        return self.strength, self.masked, self.invert, self.image_prompt is not None
 
     def check(self, name: str) -> None:
         """Read one of its pictures.
@@ -129,7 +129,7 @@ class Edit:
     def to_record(self) -> dict[str, Any]:
         """What was given, for metadata, with the SHA-256 of each file."""
         record: dict[str, Any] = {}
-        for name in (field.name for field in fields(self)):
+        for name in EDIT_FIELDS:
             value = getattr(self, name)
             if value is None or value is False:
                 continue
@@ -138,6 +138,9 @@ class Edit:
             if name in PICTURES:
                 record[f"{name}_sha256"] = hash_source(value)
         return record
+
+
+EDIT_FIELDS = tuple(field.name for field in fields(Edit))
 
 
 def to_source(value: Any, field: str) -> Source:
@@ -254,6 +257,6 @@ def _is_first_process() -> bool:
     return not together or torch.distributed.get_rank() == 0
 
 
-def walks(edits: Iterator[Edit | None]) -> list[Edit | None]:
-    """One edit for each kind of walk."""
-    return list({None if edit is None else edit.walk: edit for edit in edits}.values())
+def list_kinds(edits: Iterable[Edit | None]) -> list[Edit | None]:
+    """One edit of each kind; None is a kind of its own."""
+    return list({edit and edit.kind: edit for edit in edits}.values())

@@ -136,7 +136,7 @@ class Model:
                 check_shown(self.architecture.unet.image_channels)
             weight = self.sampler.method.weight if guidance_weight is None else float(guidance_weight)
             requests = [
-                (sentence, each, weight if sentence else 0.0)
+                (sentence, each, weight if sentence or "image_prompt" in given else 0.0)
                 for sentence in texts or [""]
                 for each in range(seed, seed + n_samples)
             ]

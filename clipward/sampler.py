@@ -19,11 +19,11 @@ from clipward.diffusion.sampling import Constraint, Inversion, KeepKnown, Noise,
 from clipward.diffusion.sampling import sample as walk
 from clipward.diffusion.schedule import Schedule, SkipType, Step, time_travel
 from clipward.diffusion.solvers import SOLVERS, SolverName
-from clipward.editing import Edit, hash_source
+from clipward.editing import Edit, hash_source, list_kinds
 from clipward.errors import InputError
 from clipward.guidance.core import Clamp, Guidance, GuidanceError, GuidanceInterval, GuidedDenoiser, RefuseFlat, rms
 from clipward.guidance.methods import AUTO, METHODS, Method, MethodName
-from clipward.guidance.models import GuidanceModels, choose_method, fill_empty_texts
+from clipward.guidance.models import GuidanceModels, choose_method, fill_empty_texts, has_picture
 from clipward.guidance.objectives import Objectives
 from clipward.guidance.weight_schedule import ScheduledGuidance, WeightSchedule
 from clipward.networks.channels import check_shown
@@ -217,7 +217,7 @@ class Sampler:
         """Raise :class:`InputError` where the settings do not fit the model, or an edit does not fit the settings.
 
         Args:
-            edits: those of the requests; one for each kind of walk is enough.
+            edits: those of the requests; one of each kind is enough.
         """
         low, high = self._times
         for edit in edits:
@@ -233,6 +233,11 @@ class Sampler:
             if times and schedule is not None and not any(schedule.factor(t / len(self.schedule)) for t in times):
                 raise InputError(
                     f"sampling.weight_schedule: got {self.config.weight_schedule!r}, which is 0 at all steps that guide"
+                )
+            if has_picture(edit) and self.method.guided_by == "classifier":
+                raise InputError(
+                    f"image_prompt: got a picture for {self.method_name}, which is guided by a classifier that reads "
+                    "texts alone; use a method that a CLIP guides"
                 )
             if edit is not None and edit.invert and (self.config.solver or self.config.ddim_eta):
                 raise InputError(
@@ -318,16 +323,18 @@ class Sampler:
         Returns:
             (B, C, H, W) in [-1, 1], and for each the number of steps that were computed again in float32.
         """
-        if self.config.candidates == 1 or not self._in_any_process(any(text)):
+        given = list(edits or [None] * len(seed))
+        prompted = [bool(sentence) or has_picture(edit) for sentence, edit in zip(text, given, strict=True)]
+        if self.config.candidates == 1 or not self._in_any_process(any(prompted)):
             return self.sample(text, seed, guidance_weight, progress, watch, edits)
         if not self.models.names:
             raise InputError("clip: got none, expected the name of a CLIP to choose among candidates by")
-        owners = [i for i, sentence in enumerate(text) for _ in range(self.config.candidates if sentence else 1)]
+        owners = [i for i, guided in enumerate(prompted) for _ in range(self.config.candidates if guided else 1)]
         firsts = [owners.index(i) for i in range(len(text))]
         names = [f"{seed[i]}/{at - firsts[i]}" if at > firsts[i] else seed[i] for at, i in enumerate(owners)]
         groups = [slice(first, end) for first, end in zip(firsts, [*firsts[1:], len(owners)], strict=True)]
         texts, weights = [text[i] for i in owners], [guidance_weight[i] for i in owners]
-        given = None if edits is None else [edits[i] for i in owners]
+        given = [given[i] for i in owners]
 
         def watch_first(state: State) -> None:
             if watch is not None:
@@ -337,7 +344,7 @@ class Sampler:
             image, retries = self.sample(texts, names, weights, progress, watch_first, given, groups)
         except GuidanceError as error:
             raise GuidanceError(owners[min(error.position, len(owners) - 1)], error.reason) from error
-        similarity = self.clip_similarity(image, texts)
+        similarity = self.clip_similarity(image, texts, given)
         best = [max(range(each.start, each.stop), key=lambda at: similarity[at] or 0.0) for each in groups]
         return image[best], [retries[at] for at in best]
 
@@ -360,13 +367,13 @@ class Sampler:
             guidance_weight: of each picture; 0 leaves it unguided.
             progress: show a bar over the steps.
             watch: called after each step with x, x̂0 and the step; without the pictures that fill up the batch.
-            edits: what each picture is made from beside that, all of them of one kind of walk (``Edit.walk``).
+            edits: what each picture is made from beside that, all of them of one kind (``Edit.kind``).
             groups: where the candidates of one request lie, which are resampled.
         """
         count = len(seed)
         given = list(edits or [None] * count)
-        if len({None if edit is None else edit.walk for edit in given}) > 1:
-            raise ValueError("edits: got several kinds of walks, expected one for all pictures of a batch")
+        if len(list_kinds(given)) > 1:
+            raise ValueError("edits: got several kinds, expected one for all pictures of a batch")
         texts, seeds, weights, given = (self._fill(values) for values in (text, seed, guidance_weight, given))
         noise, edit = self._noise(seeds), given[0]
         steps = self.list_steps(edit)
@@ -374,7 +381,7 @@ class Sampler:
             start, constrain = self._begin(given, noise)
             weight = torch.tensor(weights, device=self.device)
             guided = self._in_any_process(any(weights))
-            objectives = self.models.objectives(self.method, texts, noise, self.device) if guided else None
+            objectives = self.models.objectives(self.method, texts, noise, self.device, given) if guided else None
             denoise = self._guided_denoiser(objectives, weight)
             update = self.make_update(edit)
             if groups and steps and objectives is not None and self.adds_noise(edit):
@@ -530,8 +537,20 @@ class Sampler:
             self.network.to(dtype)
 
     @torch.no_grad()
-    def clip_similarity(self, image: Tensor, text: Sequence[str]) -> list[float | None]:
-        """The cosine between each picture and its text, averaged over the CLIPs; None where there is no text."""
+    def clip_similarity(
+        self, image: Tensor, text: Sequence[str], edits: Sequence[Edit | None] | None = None
+    ) -> list[float | None]:
+        """The cosine between each picture and its text, averaged over the CLIPs; None where there is no text.
+
+        That between a picture and its image prompt takes its place, or where there are both, their mean.
+        """
+        of_texts = self._text_similarity(image, text)
+        if not edits or not self.models.names or not has_picture(edits[0]):
+            return of_texts
+        of_pictures = self.models.picture_cosines(image, edits)
+        return [b if a is None else (a + b) / 2 for a, b in zip(of_texts, of_pictures, strict=True)]
+
+    def _text_similarity(self, image: Tensor, text: Sequence[str]) -> list[float | None]:
         if not self._in_any_process(any(text)) or not self.models.names:
             return [None] * len(text)
         fill = -len(image) % self.config.batch_multiple

@@ -5,9 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from clipward.datamodules.requests import EDIT_FIELDS
 from clipward.datamodules.sources import Folder
-from clipward.editing import PICTURES, Edit
+from clipward.editing import EDIT_FIELDS, PICTURES, Edit
 from clipward.errors import InputError, shorten
 
 

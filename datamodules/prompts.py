@@ -11,11 +11,11 @@ from torch.utils.data import DataLoader, IterableDataset
 from clipward.datamodules.edits import Edits
 from clipward.datamodules.requests import MOST_SEED, Request, check_seed, check_weight
 from clipward.datamodules.rows import Product, Rows, read_prompts, read_rows
-from clipward.editing import Edit, walks
+from clipward.editing import Edit, list_kinds
 from clipward.errors import InputError, shorten
 
 MOST_SAMPLES = 2**31 - 1
-MOST_WAITING = 64  # kinds of walks
+MOST_WAITING = 64  # kinds of edits
 
 
 class PromptDataModule(L.LightningDataModule):
@@ -42,6 +42,7 @@ class PromptDataModule(L.LightningDataModule):
         mask: a file.
         outpaint: left, top, right and bottom.
         invert: begin at the noise that leads to the init image.
+        image_prompt: a file.
 
     Raises:
         InputError: for a value out of range, and for a file that can't be read or has a row that is no request.
@@ -62,6 +63,7 @@ class PromptDataModule(L.LightningDataModule):
         mask: str | None = None,
         outpaint: list[float] | None = None,
         invert: bool | None = None,
+        image_prompt: str | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(first_index, int) or isinstance(first_index, bool) or first_index < 0:
@@ -89,6 +91,7 @@ class PromptDataModule(L.LightningDataModule):
                 "mask": mask,
                 "outpaint": outpaint,
                 "invert": invert,
+                "image_prompt": image_prompt,
             }
         )
         self.requests: Product | Rows
@@ -99,9 +102,9 @@ class PromptDataModule(L.LightningDataModule):
         else:
             self.requests = read_rows(prompts, weights, seeds, edits)
 
-    def list_walks(self) -> list[Edit | None]:
-        """One edit for each kind of walk that the requests have; None stands for pictures without any."""
-        return walks(self.requests.edits())
+    def list_kinds(self) -> list[Edit | None]:
+        """One edit of each kind that the requests have; None stands for pictures without any."""
+        return list_kinds(self.requests.edits())
 
     def predict_dataloader(self) -> DataLoader:
         """This process's share of what is not ``done``."""
@@ -112,7 +115,7 @@ class PromptDataModule(L.LightningDataModule):
 
         An unguided picture is drawn once for each seed, for it is the same whatever the text.
         """
-        if any(edit is not None for edit in self.list_walks()):
+        if any(edit is not None for edit in self.list_kinds()):
             raise InputError("init_image: test judges pictures that texts alone make, expected none; use predict")
         plain = {request.seed: replace(request, text="") for request in self.requests if not request.guidance_weight}
         guided = [request for request in self.requests if request.guidance_weight]
@@ -136,7 +139,7 @@ class Dealt(IterableDataset):
     Each round takes world × micro_batch requests and gives every process as many as the others. What is missing to
     that is made up for by copies that are not ``valid``, so that processes which work on one network together stay in
     step: a batch is a list for each of ``index``, ``text``, ``seed``, ``guidance_weight``, ``edit`` and ``valid``. The
-    edits of a round have the same kind of walk, so what comes between waits for more of its kind, or for the end.
+    edits of a round are of one kind, so what comes between waits for more of its kind, or for the end.
 
     Args:
         requests: all of them, in an order that is the same in every process.
@@ -155,7 +158,7 @@ class Dealt(IterableDataset):
         waiting: dict[Any, list[Request]] = {}
         for request in self.requests:
             if request.index not in self.done:
-                kind = None if request.edit is None else request.edit.walk
+                kind = request.edit and request.edit.kind
                 alike = waiting.setdefault(kind, [])
                 alike.append(request)
                 if len(alike) == self.micro_batch * self.world:
@@ -178,7 +181,7 @@ class Dealt(IterableDataset):
         """Batches.
 
         Raises:
-            TypeError: for a stream, and for rows that walk in several ways, which don't know it.
+            TypeError: for a stream, and for rows with edits of several kinds, which don't know it.
         """
         if not isinstance(self.requests, Sized) or getattr(self.requests, "kinds", 1) > 1:
             raise TypeError("a stream has no length")

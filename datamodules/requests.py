@@ -3,15 +3,14 @@
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
-from clipward.editing import Edit
+from clipward.editing import EDIT_FIELDS, Edit
 from clipward.errors import InputError, list_names, shorten
 from clipward.texts import split_text
 
-EDIT_FIELDS = tuple(field.name for field in fields(Edit) if field.name != "image_prompt")
 FIELDS = ("text", "seed", "guidance_weight", *EDIT_FIELDS)
 MOST_SEED = 2**63 - 1  # parquet has no larger whole numbers
 # Control characters but white space, a byte order mark, and halves of characters, which no file can hold.

@@ -128,8 +128,8 @@ class Counted(Rows):
         self.count, kinds = 0, set()
         for _, seeds, weights, edits in self._parts():
             self.count += len(seeds) * len(weights) * len(edits)
-            kinds |= {edit and edit.walk for edit in edits}
-        self.kinds = len(kinds)  # of walks
+            kinds |= {edit and edit.kind for edit in edits}
+        self.kinds = len(kinds)  # of edits
 
     def __len__(self) -> int:
         return self.count

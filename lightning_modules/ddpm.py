@@ -70,7 +70,7 @@ class HasRequests(Protocol):
 
     requests: Iterable[Guided]
 
-    def list_walks(self) -> list[Edit | None]: ...
+    def list_kinds(self) -> list[Edit | None]: ...
 
 
 @runtime_checkable
@@ -153,7 +153,7 @@ class DDPMModule(Reproducible):
         self.schedule = self.sampler.schedule
         if self._trainer is not None and (self.trainer.predicting or self.trainer.testing):
             data = self.trainer.datamodule
-            self.sampler.check(data.list_walks() if isinstance(data, HasRequests) else [None])
+            self.sampler.check(data.list_kinds() if isinstance(data, HasRequests) else [None])
             check_shown(self.architecture.unet.image_channels)
 
     def _take_class_names(self) -> None:
@@ -290,7 +290,7 @@ class DDPMModule(Reproducible):
                 raise GuidanceError(error.position, f"{error.reason} in request {where}") from error
             return {
                 "image": image,
-                "clip_similarity": self.sampler.clip_similarity(image, batch["text"]),
+                "clip_similarity": self.sampler.clip_similarity(image, batch["text"], batch["edit"]),
                 "float32_retries": retries,
                 "edit": [self.sampler.describe(edit) for edit in batch["edit"]],
                 "provenance": self.provenance(),
@@ -328,7 +328,7 @@ class DDPMModule(Reproducible):
             name = choose_method(self.sampling.method, self.models.config)
             self.models.load(METHODS[name].guided_by if guided else None)
             if guided:
-                texts = (request.text for request in data.requests if request.guidance_weight)
+                texts = (request.text for request in data.requests if request.guidance_weight and request.text)
                 self.models.check_texts(dict.fromkeys(texts), METHODS[name])
             if guided and self.sampling.method == AUTO and self.trainer.is_global_zero:
                 print(f"method: {name}, {REASONS[name]}")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import metadata, tiny_module
+from conftest import TINY_CLIP, metadata, tiny_module
 from PIL import Image
 from torch import Tensor
 
@@ -18,6 +18,8 @@ from clipward.diffusion.sampling import Inversion, KeepKnown, Noise, ancestral, 
 from clipward.diffusion.schedule import Schedule, Step, time_travel
 from clipward.editing import Edit
 from clipward.errors import InputError
+from clipward.guidance.methods import METHODS
+from clipward.networks.clip import OPENAI_PREPROCESSING, Clip, make_noise_aware, save_folder
 from clipward.sampler import Sampler, SamplingConfig, to_picture
 
 SCHEDULE = Schedule.from_name("cosine", 1000)
@@ -206,9 +208,9 @@ def test_an_inverted_picture_comes_back_and_says_how_closely(tiny_weights: Path,
     assert errors[1] < 0.3 * errors[0]
 
 
-def test_one_batch_has_one_kind_of_walk(tiny_weights: Path, picture: str) -> None:
+def test_one_batch_has_edits_of_one_kind(tiny_weights: Path, picture: str) -> None:
     edits = [Edit(picture, strength=0.5), Edit(picture, strength=0.6)]
-    with pytest.raises(ValueError, match="several kinds of walks"):
+    with pytest.raises(ValueError, match="several kinds"):
         make_sampler(tiny_weights).sample([""] * 2, [0, 1], [0.0] * 2, edits=edits)
 
 
@@ -251,7 +253,7 @@ def test_rows_have_edits_of_their_own(tmp_path: Path, picture: str, mask: str) -
         len(data.predict_dataloader())
 
 
-def test_batches_hold_walks_of_one_kind(tmp_path: Path, picture: str) -> None:
+def test_batches_hold_edits_of_one_kind(tmp_path: Path, picture: str) -> None:
     rows = [{"text": "a man", "seed": i, "init_image": picture, "strength": [0.3, 0.7][i % 2]} for i in range(7)]
     data = PromptDataModule(prompts=write_rows(tmp_path / "rows.jsonl", *rows), micro_batch=3)
     assert [batch["seed"] for batch in data.predict_dataloader()] == [[0, 2, 4], [1, 3, 5], [6]]
@@ -265,6 +267,11 @@ def test_batches_hold_walks_of_one_kind(tmp_path: Path, picture: str) -> None:
         ("--init_image picture.png --strength 1.5", "strength: got 1.5, expected a number from 0 to 1"),
         ("--init_image picture.png --mask nowhere.png", "mask: 'nowhere.png' can't be read"),
         ("--init_image empty", "init_image: got 'empty', which holds no pictures"),
+        ("--image_prompt nowhere.png", "image_prompt: 'nowhere.png' can't be read"),
+        (
+            "--image_prompt picture.png --method classifier_guidance",
+            "image_prompt: got a picture for classifier_guidance",
+        ),
         ("--mask picture.png", "mask: got no init_image beside it"),
         ("--strength 0.5", "strength: got no init_image beside it"),
         ("--invert", "invert: got no init_image beside it"),
@@ -358,3 +365,67 @@ def test_python_edits_files_and_pictures_alike(tiny_weights: Path, picture: str,
         model.sample(init_image=3)
     with pytest.raises(InputError, match="init_image: a picture can't be read"):
         model.sample(init_image=b"PNG", skip_steps=1)
+
+
+# a picture in the place of a text
+
+
+def make_guided(weights: Path, clip: Path, method: str, noisy: bool = False, **settings: object) -> Sampler:
+    guides = {"noisy_clip": make_noisy(clip)} if noisy else {}
+    sampling = SamplingConfig(**{"skip_steps": 4, "method": method, **settings})
+    module = tiny_module(weights=str(weights), clip=str(clip), sampling=sampling, **guides)
+    module.configure_model()
+    return module.sampler
+
+
+def make_noisy(folder: Path) -> str:
+    """A noise-aware CLIP made of another, with random weights for the noise level."""
+    torch.manual_seed(0)
+    clip = Clip.load(str(folder))
+    make_noise_aware(clip.model)
+    target = folder.parent / "noisy"
+    save_folder(target, clip.model, TINY_CLIP, {"size": 16, **OPENAI_PREPROCESSING})
+    return str(target)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].guided_by != "classifier"])
+def test_a_picture_guides_as_a_text_does(tiny_weights: Path, tiny_clip: Path, picture: str, method: str) -> None:
+    sampler = make_guided(tiny_weights, tiny_clip, method, noisy=METHODS[method].guided_by == "noisy clip")
+    weight = 0.1 * METHODS[method].weight
+
+    def drawn(text: str, edit: Edit | None) -> Tensor:
+        return sampler.sample([text], [0], [weight], edits=[edit])[0]
+
+    prompt = Edit(image_prompt=picture)
+    images = [drawn("", prompt), drawn("a man", None), drawn("a man", prompt)]
+    assert all(torch.isfinite(image).all() for image in images)
+    assert not any(torch.equal(images[i], images[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_the_objective_of_a_picture_is_its_cosine_and_is_added_to_that_of_a_text(
+    tiny_weights: Path, tiny_clip: Path, picture: str
+) -> None:
+    sampler = make_guided(tiny_weights, tiny_clip, "clip_guidance")
+    clip, step = sampler.models.clips[0], sampler.steps[0]
+    image = torch.rand(2, 3, 16, 16) * 2 - 1
+    prompt = clip.encode_image(Edit(picture).read_image((3, 16, 16))[None])
+    of_picture, of_text = (
+        clip.encode_image(image) @ prompt[0],
+        clip.encode_image(image) @ clip.encode_text(["a man"])[0],
+    )
+    edits = [Edit(image_prompt=picture)] * 2
+    objectives = sampler.models.objectives(sampler.method, ["", "a man"], Noise([0, 1], (3, 16, 16)), "cpu", edits)
+    scores = objectives.weigh(objectives.cosine)(image, step)
+    torch.testing.assert_close(scores, torch.stack([of_picture[0], of_picture[1] + of_text[1]]))
+    found = sampler.clip_similarity(image, ["", "a man"], edits)
+    assert found == pytest.approx([of_picture[0].item(), (of_picture[1] + of_text[1]).item() / 2], abs=1e-5)
+
+
+def test_a_picture_draws_towards_itself(config: str, tmp_path: Path, picture: str) -> None:
+    command = ["predict", "-c", config, "--image_prompt", picture, "--n_samples", "2"]
+    command += ["--guidance_weight", "300", "--skip_steps", "20", "--candidates", "2"]
+    main([*command, "--method", "clip_guidance", "--save_dir", str(tmp_path / "x")])
+    rows = metadata(tmp_path / "x")
+    assert [(row["text"], row["guidance_weight"]) for row in rows] == [("", 0), ("", 300)] * 2
+    assert rows[1]["clip_similarity"] > rows[0]["clip_similarity"]
+    assert len(rows[0]["image_prompt_sha256"]) == 64

@@ -47,3 +47,13 @@ def test_a_single_column_is_folded_into_a_square() -> None:
     assert sheet.width == 3 * pitch + GAP
     shown = [sheet.getpixel((50 + pitch * (i % 3), top + 50 + pitch * (i // 3))) for i in range(9)]
     assert shown == [*colours, (255, 255, 255), (255, 255, 255)]
+
+
+def test_an_edited_picture_stands_beside_its_init_image() -> None:
+    colours = {"a": "red", "b": "blue"}
+    places = [(seed, name) for seed in (1, 2) for name in colours]
+    originals = {Cell(seed, "", None, name): Image.new("RGB", (16, 16), colours[name]) for seed, name in places}
+    edited = {Cell(seed, "a man", 20, name): Image.new("RGB", (16, 16), "green") for seed, name in places}
+    figure = draw_figure(originals | edited, cell_size=64)
+    row = [figure.getpixel((34, figure.height - 66 * i - 34)) for i in range(4)]
+    assert row == [(0, 0, 255), (255, 0, 0)] * 2

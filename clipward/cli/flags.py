@@ -95,6 +95,7 @@ EDIT_FLAGS = {
     "mask": Flag("where it is drawn anew: white is, black stays", "FILE", str),
     "outpaint": Flag("draw more on its left, top, right and bottom, in shares", "L T R B", float, several=True),
     "invert": Flag("begin at the noise that leads to it, which keeps more of it"),
+    "image_prompt": Flag("a picture that guides, in place of a text or beside it", "FILE", str),
 }
 FOLDER_FLAGS = {
     "save_dir": Flag("the folder to write to", "DIR", str),

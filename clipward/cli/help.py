@@ -131,7 +131,7 @@ COMMANDS = {
         ),
         {
             "What to draw": own("text", "negative_text", "prompts", "n_samples", "seed", "unguided"),
-            "What to edit": own("init_image", "strength", "mask", "outpaint", "invert"),
+            "What to edit": own("init_image", "strength", "mask", "outpaint", "invert", "image_prompt"),
             "How to guide": {
                 **own("method", "guidance_weight", "weight_schedule"),
                 **CONTRASTS,

@@ -1,6 +1,6 @@
 """The models that guide: CLIPs, a noise-aware CLIP, a noise-aware classifier. Each is loaded when it is needed."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
+from clipward.editing import Edit
 from clipward.errors import InputError, shorten
 from clipward.files import state_hash
 from clipward.guidance.contrasts import load_contrasts
@@ -21,6 +22,8 @@ from clipward.guidance.objectives import (
     NamedNoise,
     Objective,
     Objectives,
+    PictureDistance,
+    PictureSimilarity,
     Scaled,
     SeveralTexts,
 )
@@ -220,16 +223,45 @@ class GuidanceModels:
                 total[i] += weight / sum(self.weights) * (signs / signs.abs().sum() * cosines).sum()
         return total
 
-    def objectives(self, method: Method, text: Sequence[str], noise: NamedNoise, device: torch.device) -> Objectives:
-        """What a method may raise for a batch: one text for each image, of one or more parts."""
-        prompts = [self.config.split(each) for each in fill_empty_texts(text)]
+    def picture_cosines(self, image: Tensor, edits: Sequence[Edit | None]) -> list[float]:
+        """The cosine of each picture and its image prompt, averaged over the CLIPs."""
+        clips = [clip.to(image.device) for clip in self.clips]
+        cosines = [
+            (clip.encode_image(image) * clip.encode_image(read_prompts(clip, edits, image.device))).sum(dim=1)
+            for clip in clips
+        ]
+        weighted = [weight * each for weight, each in zip(self.weights, cosines, strict=True)]
+        return (torch.stack(weighted).sum(dim=0) / sum(self.weights)).tolist()
+
+    def objectives(
+        self,
+        method: Method,
+        text: Sequence[str],
+        noise: NamedNoise,
+        device: torch.device,
+        edits: Sequence[Edit | None] | None = None,
+    ) -> Objectives:
+        """What a method may raise for a batch: one text for each image, of one or more parts.
+
+        An image prompt, which all images have or none, is a further part of weight 1. Beside an empty text, it and the
+        negative text guide alone.
+        """
+        filled = fill_empty_texts(text)
+        prompts = [self.config.split(each) for each in filled]
+        pictured = edits is not None and has_picture(edits[0])
+        for i, parts in enumerate(prompts):
+            if pictured and not text[i]:
+                own = len(split_text(filled[i]))
+                parts[:own] = [replace(part, weight=0.0) for part in parts[:own]]
         count = max(map(len, prompts))
         # an image with fewer texts than others has one of its own again, with the weight 0
         padded = [parts + [replace(parts[0], weight=0.0)] * (count - len(parts)) for parts in prompts]
         columns = [[parts[k].text for parts in padded] for k in range(count)]  # K lists of B texts
         unwanted = [[parts[k].weight < 0 for parts in padded] for k in range(count)]
         weights = torch.tensor([[part.weight for part in parts] for parts in padded], device=device)  # (B, K)
-        plain = count == 1 and bool((weights == 1).all())
+        if pictured:
+            weights = torch.cat([weights, torch.ones_like(weights[:, :1])], dim=1)
+        plain = weights.shape[1] == 1 and bool((weights == 1).all())
 
         def join(parts: list[Any]) -> Any:
             return parts[0] if plain else SeveralTexts(parts)
@@ -243,23 +275,28 @@ class GuidanceModels:
         noisy = method.guided_by == "noisy clip"
         clips, clip_weights = ([self.noisy_clip], [1.0]) if noisy else (self.clips, self.weights)
         clips = [clip.to(device) for clip in clips]
-        cosines = [join([ClipSimilarity(clip, texts, noisy) for texts in columns]) for clip in clips]
-        cosine = Ensemble(cosines, clip_weights)
+        pictures = [read_prompts(clip, edits or (), device) if pictured else None for clip in clips]
+
+        def average(of_texts: Callable[..., Any], of_pictures: Callable[..., Any]) -> Ensemble:
+            """The mean over the CLIPs of what each makes of its texts, and of the pictures if there are any."""
+            found = []
+            for clip, picture in zip(clips, pictures, strict=True):
+                parts = [of_texts(clip, texts, below) for texts, below in zip(columns, unwanted, strict=True)]
+                found.append(join(parts if picture is None else [*parts, of_pictures(clip, picture)]))
+            return Ensemble(found, clip_weights)
+
+        def similarity_to_pictures(clip: Clip, picture: Tensor) -> PictureSimilarity:
+            return PictureSimilarity(clip, picture, noisy)
+
+        def contrast(clip: Clip, texts: list[str], below: list[bool]) -> ContrastiveLogLikelihood:
+            return ContrastiveLogLikelihood(clip, texts, self.contrasts, self.config.neutral, noisy, below)
+
+        cosine = average(lambda clip, texts, _: ClipSimilarity(clip, texts, noisy), similarity_to_pictures)
         log_likelihood: Objective = Scaled(cosine, cosine.logit_scale)
         if method.contrast:
-            groups, neutral = self.contrasts, self.config.neutral
-            parts = [
-                join(
-                    [
-                        ContrastiveLogLikelihood(clip, texts, groups, neutral, noisy, below)
-                        for texts, below in zip(columns, unwanted, strict=True)
-                    ]
-                )
-                for clip in clips
-            ]
-            log_likelihood = Ensemble(parts, clip_weights)
-        distances = [join([ClipDistance(clip, texts) for texts in columns]) for clip in clips]
-        return Objectives(log_likelihood, noise, cosine, Ensemble(distances, clip_weights), text_weights)
+            log_likelihood = average(contrast, similarity_to_pictures)
+        distance = average(lambda clip, texts, _: ClipDistance(clip, texts), PictureDistance)
+        return Objectives(log_likelihood, noise, cosine, distance, text_weights)
 
     def provenance(self, method: Method) -> dict[str, Any]:
         """Names and hashes of what has a part in a picture; a model that is not loaded has no hash."""
@@ -284,6 +321,18 @@ class GuidanceModels:
         if len(names) < 2:
             return next(iter(names), None)
         return " + ".join(f"{weight:g}·{name}" for weight, name in zip(self.weights, names, strict=True))
+
+
+def has_picture(edit: Edit | None) -> bool:
+    """Whether a picture guides."""
+    return edit is not None and edit.image_prompt is not None
+
+
+def read_prompts(clip: Clip, edits: Sequence[Edit | None], device: torch.device) -> Tensor:
+    """(B, 3, H, W) in [-1, 1], of the size that a CLIP sees: the image prompts, which all of ``edits`` have."""
+    size = clip.preprocess["size"]
+    shape = (size, size) if isinstance(size, int) else tuple(size)
+    return torch.stack([edit.read_prompt(shape) for edit in edits if edit is not None]).to(device)
 
 
 def fill_empty_texts(text: Sequence[str]) -> list[str]:

@@ -91,6 +91,35 @@ class ClipDistance:
         return self.score(self.encode(image, step))
 
 
+class PictureSimilarity(ClipSimilarity):
+    """E_image(image) · E_image(picture), with a picture in the place of each text.
+
+    Args:
+        clip: what scores; a noise-aware one sees the picture as one without noise.
+        pictures: (B, 3, H, W) in [-1, 1].
+        noisy: as in :class:`ClipSimilarity`.
+    """
+
+    def __init__(self, clip: Clip, pictures: Tensor, noisy: bool = False) -> None:
+        self.clip, self.noisy = clip, noisy
+        with torch.no_grad():
+            self.text_features = clip.encode_image(pictures)
+
+
+class PictureDistance(ClipDistance):
+    """−‖E_image(image) − E_image(picture)‖, with a picture in the place of each text.
+
+    Args:
+        clip: what scores.
+        pictures: (B, 3, H, W) in [-1, 1].
+    """
+
+    def __init__(self, clip: Clip, pictures: Tensor) -> None:
+        self.clip = clip
+        with torch.no_grad():
+            self.text_features = clip.encode_image(pictures, normalise=False)
+
+
 class SeveralTexts:
     """(B, K): an objective for each of K texts of an image, which is encoded once.
 
