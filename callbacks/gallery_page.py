@@ -11,7 +11,7 @@ from contextlib import suppress
 from importlib import resources
 from typing import Any
 
-from clipward.callbacks.gallery import CONFIG_FILE, PAGE, PER_PICTURE, Gallery
+from clipward.callbacks.gallery import PAGE, PER_PICTURE, Gallery
 from clipward.errors import InputError
 from clipward.files import atomic_write
 
@@ -19,6 +19,13 @@ MOST_PICTURES = 50_000  # of a page, some 5 MB of metadata
 MOST_THUMBNAILS = 500  # of a page of shards, which have no file to show for a picture, some 3 MB
 THUMBNAIL = 160  # pixels
 REQUEST = {"index", "text", "seed", "guidance_weight"}
+EDIT = (
+    "init_image",
+    "strength",
+    "mask",
+    "outpaint",
+    "invert",
+)  # what an unguided picture is made from, beside its seed
 
 
 def write_page(gallery: Gallery) -> None:
@@ -65,11 +72,12 @@ def collect(gallery: Gallery) -> dict[str, Any]:
 
     Returns:
         ``folder``: its path; ``total``: how many pictures it has; ``size``: width and height of the first; ``made``:
-        the metadata that all have in common; ``command``: the words that begin a command which makes a picture again;
-        ``texts``; and ``rows``, each with the picture's address, the number of its text, its seed (as text, for a
-        browser knows no whole numbers above 2**53), its weight, its similarity and its name.
+        the metadata that all have in common; ``texts`` and ``edits``; and ``rows``, each with the picture's address,
+        the number of its text, the number of its edit, its seed (as text, for a browser knows no whole numbers above
+        2**53), its weight, its similarity, its name and its shard.
     """
     texts: dict[str, int] = {}
+    edits: dict[str, int] = {}
     rows: list[list[Any]] = []
     made: dict[str, Any] | None = None
     total, size = 0, None
@@ -80,36 +88,38 @@ def collect(gallery: Gallery) -> dict[str, Any]:
         if len(rows) < (MOST_THUMBNAILS if "shard" in row else MOST_PICTURES):
             with suppress(KeyError, TypeError, ValueError, OverflowError, InputError):  # what another one has changed
                 size = size or list(gallery.open(row).size)
-                rows.append(_to_list(gallery, row, texts))
+                rows.append(_to_list(gallery, row, texts, edits))
     return {
         "folder": str(gallery.path),
         "total": total,
         "size": size or [1, 1],
         "made": json.loads(json.dumps(made or {}), parse_constant=str),  # NaN is no JSON to a browser
-        "command": ["clipward", "predict", "-c", str(gallery.path / CONFIG_FILE), "--prompts=null"],
         "texts": list(texts),
+        "edits": list(edits),
         "rows": rows,
     }
 
 
-def _to_list(gallery: Gallery, row: dict[str, Any], texts: dict[str, int]) -> list[Any]:
+def _to_list(gallery: Gallery, row: dict[str, Any], texts: dict[str, int], edits: dict[str, int]) -> list[Any]:
     weight, similarity = float(row["guidance_weight"]), row.get("clip_similarity")
     if not math.isfinite(weight):
         raise ValueError(f"guidance_weight: got {weight}")
-    in_shard = "shard" in row
+    edit = ", ".join(f"{name} {row[name]}" for name in EDIT if name in row)
     return [
-        make_thumbnail(gallery, row) if in_shard else row["file_name"],
+        make_thumbnail(gallery, row) if "shard" in row else row["file_name"],
         texts.setdefault(str(row["text"]), len(texts)),
+        edits.setdefault(edit, len(edits)),
         str(int(row["seed"])),
         weight,
         None if similarity is None or not math.isfinite(similarity) else similarity,
-        f"{row['shard']}: {row['file_name']}" if in_shard else row["file_name"],
+        row["file_name"],
+        row.get("shard"),
     ]
 
 
 def make_thumbnail(gallery: Gallery, row: dict[str, Any]) -> str:
     """A picture of a shard as a ``data:`` address of a small JPEG."""
-    picture, file = gallery.open(row), io.BytesIO()
+    picture, file = gallery.open(row).convert("RGB"), io.BytesIO()
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
     picture.save(file, "jpeg", quality=85)
     return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -51,7 +51,7 @@ def test_the_page_holds_all_pictures_and_no_markup_of_theirs(tmp_path: Path) -> 
     assert data == json.loads(json.dumps(collect(gallery)))
     assert data["texts"] == ["", *TEXTS]
     assert data["total"] == len(data["rows"]) == 27
-    assert data["rows"][1] == ["000001.png", 1, str(2**60), 5.0, 0.37, "000001.png"]
+    assert data["rows"][1] == ["000001.png", 1, 0, str(2**60), 5.0, 0.37, "000001.png", None]
     assert data["size"] == [8, 6]
     assert data["made"] == {"method": "glide", "steps": 7}  # what differs from picture to picture is left out
 
@@ -66,12 +66,23 @@ def test_the_page_allows_no_network_and_no_script_but_its_own(tmp_path: Path) ->
     assert not re.search(r"https?://", page)
 
 
+def test_the_twin_of_an_edited_picture_is_of_the_same_edit(tmp_path: Path) -> None:
+    gallery = Gallery(tmp_path)
+    for i, edit in enumerate([{}, {"init_image": "a.png", "strength": 0.5}, {"init_image": "b.png"}] * 2):
+        row = {"index": i, "text": "a" if i > 2 else "", "seed": 1, "guidance_weight": float(i > 2)}
+        gallery.add(row | edit | {"image_prompt": f"{i}.png"}, Image.new("L", (4, 4)))
+    data = embedded(make_page(gallery))
+    assert data["edits"] == ["", "init_image a.png, strength 0.5", "init_image b.png"]
+    assert [row[2] for row in data["rows"]] == [0, 1, 2, 0, 1, 2]
+
+
 @pytest.mark.parametrize("output", ["webdataset", "parquet"])
 def test_pictures_of_shards_are_in_the_page(tmp_path: Path, output: str) -> None:
     rows = embedded(make_page(filled(tmp_path / "x", 1, output)))["rows"]
     assert len(rows) == 9
     assert all(row[0].startswith("data:image/jpeg;base64,") for row in rows)
-    assert re.fullmatch(r"000000000\.(tar|parquet): 000000001\.png", rows[1][5])
+    assert rows[1][6] == "000000001.png"
+    assert re.fullmatch(r"000000000\.(tar|parquet)", rows[1][7])
 
 
 def test_lines_that_another_one_has_changed_are_left_out(tmp_path: Path) -> None:
@@ -85,8 +96,8 @@ def test_lines_that_another_one_has_changed_are_left_out(tmp_path: Path) -> None
     del lines[7]["text"]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     data = embedded(make_page(gallery))
-    assert [row[5] for row in data["rows"]] == ["000000.png", "000005.png", "000006.png", "000008.png"]
-    assert data["rows"][1][4] is None
+    assert [row[6] for row in data["rows"]] == ["000000.png", "000005.png", "000006.png", "000008.png"]
+    assert data["rows"][1][5] is None
     assert data["total"] == 9
 
 
@@ -202,9 +213,8 @@ def test_a_browser_shows_the_unguided_twin_and_gives_the_command(page: Any) -> N
         page.keyboard.press("ArrowRight")
     assert len(commands) == 9
     words = [shlex.split(command) for command in commands]
-    assert all(each[:3] == ["clipward", "predict", "-c"] for each in words)
-    assert all(each[3].endswith("it's #1?/config.predict.yaml") for each in words)
-    assert all(f"--text={HOSTILE}" in each for each in words)
+    assert all(each[:3] == ["clipward", "predict", "--again"] for each in words)
+    assert all(Path(each[3]).is_file() and len(each) == 4 for each in words)
     page.locator("#copy").click()
     page.wait_for_function("document.getElementById('copy').textContent == 'Copied'")
     page.keyboard.press("Escape")

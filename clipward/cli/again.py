@@ -162,7 +162,7 @@ def read_record(path: Path, field: str) -> dict[str, Any]:
     record = read_mark(path) if path.is_file() else {}
     metadata = path.parent / METADATA
     if not record and path.stem.isdecimal() and metadata.is_file():
-        for line in metadata.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in metadata.read_text(encoding="utf-8", errors="replace").split("\n"):  # a text may have other breaks
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError):

@@ -79,7 +79,7 @@ REQUEST_FLAGS = {
     "seed": Flag("the first seed", "N", int, 0),
     "unguided": Flag("also draw each seed without guidance", "BOOL", bool, True),
     "prompts": Flag(
-        "texts from a file (.txt, .jsonl, .parquet) or a data set on the hub, in place of --text", "FILE", str | None
+        "texts from a file (.txt, .jsonl, .parquet) or a data set on the hub, in place of --text", "FILE", str
     ),
     "micro_batch": Flag(
         "pictures drawn at once on each device; auto takes as many as fit", "N", int | Literal["auto"], 16
