@@ -12,6 +12,7 @@ from clipward.errors import InputError, first_line, list_names, shorten
 from clipward.pictures import SUFFIXES
 
 METADATA = "metadata.jsonl"
+STREAMED = "parquet files, such as shards/*.parquet, or the name of a data set on the hub"
 EXPECTED = "a folder of pictures, a parquet file or the name of a data set on the hub"
 
 
@@ -43,6 +44,40 @@ def open_rows(path: str | None, split: str, image_column: str) -> Any:
         raise InputError(
             f"data.image_column: got {shorten(image_column)}, a column of {shorten(kind)}, expected pictures"
         ) from error
+
+
+def open_stream(path: str | None, split: str, image_column: str) -> Any:
+    """Open the rows that have the pictures, undecoded, as a ``datasets.IterableDataset``.
+
+    Args:
+        path: a parquet file, a pattern of them, or the name of a data set on the hub.
+        split: of a data set on the hub.
+        image_column: the column of the pictures.
+
+    Raises:
+        InputError: where there are no rows, or no such column of pictures.
+    """
+    if not path:
+        raise InputError(f"data.path: got none, expected {STREAMED}")
+    if path.lower().endswith(".parquet"):
+        from datasets import load_dataset
+
+        files = sorted(glob.glob(path, recursive=True))
+        if not files:
+            raise InputError(f"data.path: there is no file {shorten(path)}")
+        try:
+            names = [glob.escape(file) for file in files]
+            rows = load_dataset("parquet", data_files=names, split="train", streaming=True)
+        except Exception as error:
+            raise InputError(
+                f"data.path: got {shorten(path)}, a damaged parquet file ({first_line(error)}); expected {STREAMED}"
+            ) from error
+    else:
+        rows = load_from_hub(path, "data.path", STREAMED, split=split, streaming=True)
+    find_column(rows, "image_column", image_column)
+    from datasets import Image
+
+    return rows.select_columns(image_column).cast_column(image_column, Image(decode=False))
 
 
 def find_column(rows: Any, field: str, column: str) -> str:
@@ -137,10 +172,10 @@ class Sources:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> str | bytes:
-        return _source(self.rows[index][self.column])
+        return to_source(self.rows[index][self.column])
 
     def __iter__(self) -> Iterator[str | bytes]:
-        return (_source(row[self.column]) for row in self.rows)
+        return (to_source(row[self.column]) for row in self.rows)
 
     def name(self, index: int) -> str:
         """What a message calls a picture: its file or its row, in at most 40 characters."""
@@ -150,7 +185,7 @@ class Sources:
         return f"row {self.first + index}" + (f", {list_names([path])}" if path else "")
 
 
-def _source(cell: dict[str, Any] | None) -> str | bytes:
+def to_source(cell: dict[str, Any] | None) -> str | bytes:
     """What ``datasets`` has for an undecoded picture: bytes, or else a path."""
     if cell is None:
         return b""
