@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from clipward.errors import InputError, shorten
 
 TOKEN = re.compile(r"\\[|:\\]|.", re.DOTALL)  # an escaped character, or any character
+MARKS = re.compile(r"[|:\\]")  # without any of these a text is one sentence
 NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)")
 
 
@@ -34,6 +35,8 @@ def split_text(text: str) -> list[Part]:
     """
     if not text.strip():
         return []
+    if is_one_sentence(text):
+        return [Part(text)]
     parts: list[list[str]] = [[]]
     for token in TOKEN.findall(text):
         if token == "|":
@@ -41,6 +44,11 @@ def split_text(text: str) -> list[Part]:
         else:
             parts[-1].append(token)
     return [_read(tokens, number, len(parts), text) for number, tokens in enumerate(parts, start=1)]
+
+
+def is_one_sentence(text: str) -> bool:
+    """Whether a text certainly has no parts, weights or escaped characters."""
+    return MARKS.search(text) is None
 
 
 def _read(tokens: list[str], number: int, count: int, text: str) -> Part:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from clipward.datamodules.edits import Edits
 from clipward.datamodules.requests import MOST_SEED, Request, check_seed, check_weight
-from clipward.datamodules.rows import Product, Rows, read_prompts, read_rows
+from clipward.datamodules.rows import Product, Requests, read_prompts, read_rows
 from clipward.editing import Edit, list_kinds
 from clipward.errors import InputError, shorten
 
@@ -94,7 +94,7 @@ class PromptDataModule(L.LightningDataModule):
                 "image_prompt": image_prompt,
             }
         )
-        self.requests: Product | Rows
+        self.requests: Requests
         if prompts is None:
             self.requests = Product(texts, weights, seeds, unguided, edits.default, first_index)
         elif isinstance(prompts, str | os.PathLike):
@@ -105,6 +105,10 @@ class PromptDataModule(L.LightningDataModule):
     def list_kinds(self) -> list[Edit | None]:
         """One edit of each kind that the requests have; None stands for pictures without any."""
         return list_kinds(self.requests.edits())
+
+    def guiding_texts(self) -> Iterator[str]:
+        """The texts of all requests that are guided, each at least once."""
+        return self.requests.guiding_texts()
 
     def predict_dataloader(self) -> DataLoader:
         """This process's share of what is not ``done``."""

@@ -40,17 +40,24 @@ class Request:
     edit: Edit | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (
-            ("text", check_text(self.text)),
-            ("seed", check_seed(self.seed)),
-            ("guidance_weight", check_weight(self.guidance_weight)),
-        ):
+        found = check_request(self.text, self.seed, self.guidance_weight, self.edit)
+        for name, value in zip(("text", "seed", "guidance_weight"), found, strict=True):
             object.__setattr__(self, name, value)
-        like_a_picture = self.edit is not None and self.edit.image_prompt is not None
-        if self.guidance_weight and not self.text.strip() and not like_a_picture:
-            raise InputError(
-                f"text: got {shorten(self.text)}, expected a sentence; use guidance_weight 0 for an unguided picture"
-            )
+
+
+def check_request(text: Any, seed: Any, guidance_weight: Any, edit: Edit | None = None) -> tuple[str, int, float]:
+    """The values of a :class:`Request`.
+
+    Raises:
+        InputError: for any that it can't have.
+    """
+    text, seed, guidance_weight = check_text(text), check_seed(seed), check_weight(guidance_weight)
+    like_a_picture = edit is not None and edit.image_prompt is not None
+    if guidance_weight and not text.strip() and not like_a_picture:
+        raise InputError(
+            f"text: got {shorten(text)}, expected a sentence; use guidance_weight 0 for an unguided picture"
+        )
+    return text, seed, guidance_weight
 
 
 def check_text(value: Any) -> str:
@@ -75,6 +82,8 @@ def check_seed(value: Any) -> int:
     Raises:
         InputError: for what is no whole number from 0 to 2**63 − 1.
     """
+    if type(value) is int and 0 <= value <= MOST_SEED:
+        return value
     whole = isinstance(value, Integral) or (isinstance(value, float) and value.is_integer() and value < 2**53)
     if not whole or isinstance(value, bool) or not 0 <= value <= MOST_SEED:
         raise InputError(f"seed: got {shorten(value)}, expected a whole number from 0 to 2**63 - 1")
@@ -87,6 +96,8 @@ def check_weight(value: Any) -> float:
     Raises:
         InputError: for what is no finite number.
     """
+    if type(value) is float and math.isfinite(value):
+        return value
     try:
         if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
             return float(value)

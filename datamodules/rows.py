@@ -3,16 +3,16 @@
 import codecs
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
 from clipward.datamodules.edits import Edits
 from clipward.datamodules.loading import load_from_hub
-from clipward.datamodules.requests import Request, check_columns, check_text
+from clipward.datamodules.requests import FAULTY, Request, check_columns, check_request, check_text
 from clipward.editing import Edit
 from clipward.errors import InputError, first_line, shorten
+from clipward.texts import MARKS
 
 EXPECTED = "a .txt, .jsonl or .parquet file or the name of a data set on the hub"
 EXAMPLE = '{"text": "a man", "seed": 1}'
@@ -22,34 +22,54 @@ Part = tuple[str, Sequence[int], Sequence[float], Sequence[Edit | None]]
 
 
 class Product:
-    """Every seed × edit × (unguided, then text × weight), numbered from ``first`` on."""
+    """Every seed × edit × (unguided, then text × weight).
+
+    Args:
+        texts: what can be iterated again and has a length; each is checked here, unless they come from a file, which
+            checks its own.
+        weights: of each text.
+        seeds: outermost.
+        unguided: whether each seed comes without a text too.
+        edits: of each seed.
+        first: the index of the first request.
+    """
 
     def __init__(
         self,
-        texts: Sequence[str],
+        texts: Collection[str],
         weights: Sequence[float],
         seeds: Sequence[int],
         unguided: bool,
         edits: Sequence[Edit | None] = (None,),
         first: int = 0,
     ) -> None:
-        for text in texts:
+        for text in [] if isinstance(texts, _Texts) else texts:
             if not check_text(text).strip():
                 raise InputError(f"text: got {shorten(text)}, expected a sentence; leave it out for unguided pictures")
         if not texts and any(edit is not None and edit.image_prompt is not None for edit in edits):
             texts = [""]  # the picture guides alone
-        plain = [("", 0.0)] if unguided or not texts else []
-        self.first, self.seeds, self._edits = first, seeds, edits
-        self.cells = plain + [(sentence, weight) for sentence in texts for weight in weights]
+        self.texts, self.weights, self.seeds, self._edits, self.first = texts, weights, seeds, edits, first
+        self.plain = unguided or not texts
 
     def __len__(self) -> int:
-        return len(self.seeds) * len(self._edits) * len(self.cells)
+        return len(self.seeds) * len(self._edits) * (self.plain + len(self.texts) * len(self.weights))
 
     def __iter__(self) -> Iterator[Request]:
         cells = (
-            (text, seed, weight, edit) for seed in self.seeds for edit in self._edits for text, weight in self.cells
+            (text, seed, weight, edit) for seed in self.seeds for edit in self._edits for text, weight in self._cells()
         )
         return (Request(index, *cell) for index, cell in enumerate(cells, start=self.first))
+
+    def _cells(self) -> Iterator[tuple[str, float]]:
+        if self.plain:
+            yield "", 0.0
+        for text in self.texts:
+            for weight in self.weights:
+                yield text, weight
+
+    def guiding_texts(self) -> Iterator[str]:
+        """The texts of all requests that are guided, each at least once."""
+        return iter(self.texts if any(self.weights) else ())
 
     def edits(self) -> Iterator[Edit | None]:
         """Those of the requests."""
@@ -90,6 +110,10 @@ class Rows:
                         yield Request(index, text, seed, weight, edit)
                         index += 1
 
+    def guiding_texts(self) -> Iterator[str]:
+        """The texts of all requests that are guided, each at least once."""
+        return (text for text, _, weights, _ in self._parts() if any(weights))
+
     def edits(self) -> Iterator[Edit | None]:
         """Those of the requests."""
         return (edit for *_, edits in self._parts() for edit in edits)
@@ -98,8 +122,10 @@ class Rows:
         """The text, the seeds, the weights and the edits of each row, checked."""
         number = 0
         for number, row in self._numbered():
-            with _name_row(number, self.source):
+            try:
                 parts = self._read(row)
+            except InputError as error:
+                raise _name_row(error, self.source, number) from error
             yield parts
         if number == 0:
             raise InputError(f"prompts: got {self.source} without a row, expected one or more")
@@ -116,7 +142,7 @@ class Rows:
         weights = self.weights if weight is None else [weight]
         text, edits = row.get("text", "" if "image_prompt" in row else None), self._edits.of_row(row)
         for each in weights:
-            Request(0, text, seeds[0], each, edits[0])
+            check_request(text, seeds[0], each, edits[0])
         return text, seeds, weights, edits
 
 
@@ -135,6 +161,9 @@ class Counted(Rows):
         return self.count
 
 
+Requests = Product | Rows
+
+
 class JsonLines(Counted):
     """The requests of a file with an object a line."""
 
@@ -145,17 +174,17 @@ class JsonLines(Counted):
         return super()._read(_parse(row))
 
 
-def read_prompts(
-    name: str, weights: Sequence[float], seeds: Sequence[int], unguided: bool, edits: Edits
-) -> Product | Rows:
+def read_prompts(name: str, weights: Sequence[float], seeds: Sequence[int], unguided: bool, edits: Edits) -> Requests:
     """The requests of a file, or of a data set on the hub."""
     suffix = Path(name).suffix.lower()
     source = shorten(name)
     if suffix not in (".txt", ".jsonl", ".parquet"):
         rows = load_from_hub(name, "prompts", EXPECTED, split="train", streaming=True)
         if rows.column_names is not None:
-            with _name_row(None, source):
+            try:
                 check_columns(rows.column_names)
+            except InputError as error:
+                raise _name_row(error, source) from error
         return Rows(_Stream(rows, source), weights, seeds, edits, source)
     if not os.path.isfile(name):
         what = f"got {source}, which is no regular file" if os.path.exists(name) else f"there is no file {source}"
@@ -164,10 +193,7 @@ def read_prompts(
         return Counted(_Table(name), weights, seeds, edits.beside(name), source)
     if suffix == ".jsonl":
         return JsonLines(_Lines(name), weights, seeds, edits.beside(name), source)
-    texts = []
-    for number, line in _Lines(name):
-        with _name_row(number, source):
-            texts.append(check_text(line))
+    texts = _Texts(name)
     if not texts:
         raise InputError(f"prompts: got {source} without a text, expected a sentence a line")
     return Product(texts, weights, seeds, unguided, edits.default)
@@ -182,20 +208,16 @@ def read_rows(rows: Any, weights: Sequence[float], seeds: Sequence[int], edits: 
     return (Counted if isinstance(rows, Sized) else Rows)(rows, weights, seeds, edits)
 
 
-@contextmanager
-def _name_row(number: int | None, source: str) -> Iterator[None]:
-    """Name the row in what is said of it."""
-    try:
-        yield
-    except InputError as error:
-        row = "" if number is None else f"row {number} of "
-        raise InputError(f"prompts: {row}{source}: {error}") from error
+def _name_row(error: InputError, source: str, number: int | None = None) -> InputError:
+    """The error with the row in its message."""
+    row = "" if number is None else f"row {number} of "
+    return InputError(f"prompts: {row}{source}: {error}")
 
 
 def _parse(line: str) -> Any:
     """The value of a line of JSON."""
     try:
-        return json.loads(line, object_pairs_hook=_refuse_duplicates)
+        return DECODER.decode(line)
     except InputError:
         raise
     except (ValueError, RecursionError) as error:
@@ -211,6 +233,9 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+DECODER = json.JSONDecoder(object_pairs_hook=_refuse_duplicates)  # json.loads makes one a line
+
+
 class _Lines:
     """The lines of a file that are not empty, with their numbers, read again by each iterator."""
 
@@ -219,8 +244,10 @@ class _Lines:
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         for number, line in enumerate(self._bytes(), start=1):
-            with _name_row(number, self.source):
+            try:
                 text = _decode(line.removeprefix(codecs.BOM_UTF8) if number == 1 else line).strip()
+            except InputError as error:
+                raise _name_row(error, self.source, number) from error
             if text:
                 yield number, text
 
@@ -231,6 +258,51 @@ class _Lines:
                     yield from chunk.splitlines()  # also at the ends of lines of old Macs
         except OSError as error:
             raise InputError(f"prompts: {self.source} can't be read ({first_line(error)})") from error
+
+
+class _Texts:
+    """The texts of a file with one a line: checked and counted at once, and read again by each iterator."""
+
+    def __init__(self, path: str) -> None:
+        self.lines = _Lines(path)
+        count = self._count_quickly()
+        self.count = sum(1 for _ in self._checked()) if count is None else count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[str]:
+        return (text for _, text in self.lines)
+
+    def __contains__(self, text: object) -> bool:
+        return any(text == each for each in self)
+
+    def _checked(self) -> Iterator[str]:
+        for number, line in self.lines:
+            try:
+                yield check_text(line)
+            except InputError as error:
+                raise _name_row(error, self.lines.source, number) from error
+
+    def _count_quickly(self) -> int | None:
+        """Count the texts a block at a time; None where a block has anything that must be looked at line by line."""
+        count = 0
+        try:
+            with open(self.lines.path, "rb") as file:
+                while block := file.read(MOST_BYTES):
+                    block += file.readline(MOST_BYTES)
+                    if not block.endswith(b"\n") and file.read(1):
+                        return None
+                    text = block.decode()
+                    lines = text.replace("\r", "\n").split("\n")
+                    if FAULTY.search(text) or len(max(lines, key=len)) > MOST_BYTES // 4:
+                        return None
+                    for line in filter(MARKS.search, lines) if MARKS.search(text) else ():
+                        check_text(line.strip())
+                    count += sum(map(bool, map(str.strip, lines)))
+        except (OSError, UnicodeDecodeError, InputError):
+            return None
+        return count
 
 
 def _decode(line: bytes) -> str:
@@ -255,9 +327,11 @@ class _Table:
         try:
             with parquet.ParquetFile(self.path, buffer_size=MOST_BYTES) as file:
                 names = file.schema_arrow.names
-                with _name_row(None, self.source):
+                try:
                     _refuse_duplicates([(name, None) for name in names])
                     check_columns(names)
+                except InputError as error:
+                    raise _name_row(error, self.source) from error
                 for batch in file.iter_batches(batch_size=1000):
                     for row in batch.to_pylist():
                         number += 1

@@ -1,8 +1,9 @@
 """The diffusion model: training, fine-tuning and guided sampling."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -59,16 +60,13 @@ class TrainingConfig(OptimConfig):
             raise InputError(f"optim.min_snr_gamma: got {gamma}, expected a finite number above 0")
 
 
-class Guided(Protocol):
-    text: str
-    guidance_weight: float
-
-
 @runtime_checkable
 class HasRequests(Protocol):
     """Data of ``predict`` and ``test``."""
 
-    requests: Iterable[Guided]
+    def guiding_texts(self) -> Iterator[str]:
+        """The texts of all requests that are guided, each at least once."""
+        ...
 
     def list_kinds(self) -> list[Edit | None]: ...
 
@@ -324,12 +322,13 @@ class DDPMModule(Reproducible):
         if stage in ("predict", "test"):
             # loaded here, before anything is written, and because the loops that follow run in inference mode
             data = self.trainer.datamodule
-            guided = isinstance(data, HasRequests) and any(request.guidance_weight for request in data.requests)
+            texts = data.guiding_texts() if isinstance(data, HasRequests) else iter(())
+            first = next(texts, None)
+            guided = first is not None
             name = choose_method(self.sampling.method, self.models.config)
             self.models.load(METHODS[name].guided_by if guided else None)
-            if guided:
-                texts = (request.text for request in data.requests if request.guidance_weight and request.text)
-                self.models.check_texts(dict.fromkeys(texts), METHODS[name])
+            if first is not None:
+                self.models.check_texts(filter(None, chain([first], texts)), METHODS[name])
             if guided and self.sampling.method == AUTO and self.trainer.is_global_zero:
                 print(f"method: {name}, {REASONS[name]}")
             if self.sharded:

@@ -53,6 +53,31 @@ def test_a_file_of_texts(tmp_path: Path) -> None:
     assert [request.text for request in data.requests] == ["a man", "a girl"]
 
 
+@pytest.mark.parametrize(
+    "content",
+    ["a\rb\r\nc\n\n \u00a0 \nd", "\ufeffa man\na girl", "a | b:2\n\n1:\n", "a\n" * 9, "\x0bé\u2028e\n"],
+)
+def test_texts_are_counted_as_they_are_read(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "texts.txt"
+    file.write_bytes(content.encode())
+    data = PromptDataModule(prompts=str(file), n_samples=1, guidance_weight=[1, 2])
+    assert len(data.requests) == len(list(data.requests))
+    guided = dict.fromkeys(request.text for request in data.requests if request.guidance_weight)
+    assert list(dict.fromkeys(data.guiding_texts())) == list(guided)
+
+
+def test_the_texts_of_a_file_are_not_loaded(tmp_path: Path) -> None:
+    file = tmp_path / "texts.txt"
+    file.write_text("".join(f"a man with the number {i}\n" for i in range(200_000)))
+    tracemalloc.start()
+    data = PromptDataModule(prompts=str(file), guidance_weight=[5], unguided=False, micro_batch=2)
+    first = next(iter(data.predict_dataloader()))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert first["text"] == ["a man with the number 0", "a man with the number 1"]
+    assert peak < file.stat().st_size * 3
+
+
 def test_a_file_of_requests(tmp_path: Path) -> None:
     file = tmp_path / "requests.jsonl"
     file.write_text('{"text": "a man", "seed": 3, "guidance_weight": 20}\n{"text": "a girl"}\n')

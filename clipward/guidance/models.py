@@ -31,7 +31,7 @@ from clipward.networks.classifier import Classifier, load_classifier
 from clipward.networks.clip import Clip, text_cosines
 from clipward.networks.sharding import shard
 from clipward.networks.vocabulary import check_attributes
-from clipward.texts import Part, split_negative, split_text
+from clipward.texts import Part, is_one_sentence, split_negative, split_text
 
 LARGE = 200_000_000  # parameters of an image tower that is worth sharding: ViT-L and larger
 
@@ -180,27 +180,41 @@ class GuidanceModels:
         Raises:
             InputError: where a part of one is empty or too long; a classifier must know something that each part names.
         """
+        clips = self._reading(method)
+        safe = min((clip.context_length for clip in clips), default=0) - self._longest_phrase()
+        checked: set[str] = set()
         for text in texts:
+            # a million texts are checked fast: a part that has so few bytes fits, and so do its contrast captions
+            fits = bool(checked) and len(text.encode()) <= safe and text.strip() and is_one_sentence(text)
+            if fits or text in checked:
+                continue
+            checked.add(text)
             parts = self.config.split(text)
             for number, part in enumerate(parts, start=1):
                 try:
-                    self._check_sentence(part.text, method)
+                    self._check_sentence(part.text, method, clips)
                 except InputError as error:
                     where = f"; it is part {number} of {shorten(text)}" if number <= len(split_text(text)) else ""
                     where = where if len(parts) > 1 else ""
                     raise InputError(f"{error}{where}") from error
 
-    def _check_sentence(self, text: str, method: Method) -> None:
+    def _reading(self, method: Method) -> list[Clip]:
+        """The CLIPs that encode the texts of a method."""
+        if method.guided_by == "classifier":
+            return []
+        clips = self.clips if self.names else []
+        return [*clips, self.noisy_clip] if method.guided_by == "noisy clip" else clips
+
+    def _longest_phrase(self) -> int:
+        """By how many bytes a contrast caption may be longer than its text."""
+        return max((len(phrase.encode()) for group in self.contrasts for phrase in group), default=0) + 4
+
+    def _check_sentence(self, text: str, method: Method, clips: Sequence[Clip]) -> None:
         if method.guided_by == "classifier":
             check_attributes(self.classifier.vocabulary, text, "classifier")
-            return
-        clips = {clip.name: clip for clip in self.clips} if self.names else {}
-        if method.guided_by == "noisy clip":
-            clips[self.noisy_clip.name] = self.noisy_clip
-        longest = max((len(phrase.encode()) for group in self.contrasts for phrase in group), default=0)
-        for clip in clips.values():
+        for clip in clips:
             clip.check_length(text)
-            if method.contrast and len(text.encode()) + longest + 4 > clip.context_length:
+            if method.contrast and len(text.encode()) + self._longest_phrase() > clip.context_length:
                 ContrastiveLogLikelihood(clip, [text], self.contrasts, self.config.neutral)
 
     def cosines(self, image: Tensor, text: Sequence[str]) -> Tensor:
