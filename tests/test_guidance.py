@@ -4,13 +4,16 @@ Prior x0 ~ N(0, τ²), likelihood y | x0 ~ N(x0, ρ²): the ideal denoiser, the 
 x0 | y ~ N(y·τ²/(τ²+ρ²), τ²ρ²/(τ²+ρ²)) are all in closed form.
 """
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
 from clipward.diffusion.denoiser import Prediction, add_noise, to_eps
-from clipward.diffusion.sampling import Noise, ancestral, ddim, sample
+from clipward.diffusion.sampling import MakeUpdate, Noise, ancestral, ddim, sample
 from clipward.diffusion.schedule import Schedule, Step
+from clipward.diffusion.solvers import SOLVERS
 from clipward.guidance.core import (
     Clamp,
     GradientGuidance,
@@ -85,6 +88,45 @@ def test_unguided_sampling_lands_on_the_prior() -> None:
     *_, last = sample(GuidedDenoiser(ideal, []), SCHEDULE.steps(1000), ancestral, Noise(range(64), (1, 16, 16)))
     assert last.x.mean().item() == pytest.approx(0, abs=0.02)
     assert last.x.var().item() == pytest.approx(TAU2, rel=0.05)
+
+
+FEW = (10, 20, 50, 250)
+FIRST_ORDER: dict[str, MakeUpdate] = {"ancestral": lambda: ancestral, "ddim": lambda: ddim(0.0)}
+
+
+@pytest.mark.parametrize("n", FEW)
+@pytest.mark.parametrize("solver", [*FIRST_ORDER, *SOLVERS])
+def test_score_addition_lands_on_the_posterior_mean_in_any_number_of_steps(solver: str, n: int) -> None:
+    make_update: MakeUpdate = (FIRST_ORDER | SOLVERS)[solver]
+    guidance = GradientGuidance(noisy_log_likelihood, torch.ones(64), grad_noisy, shift_eps)
+    denoise, steps = GuidedDenoiser(ideal, [guidance]), SCHEDULE.steps(n, "trailing")
+    *_, last = sample(denoise, steps, make_update(), Noise(range(64), (1, 16, 16)))
+    # with a memory, what is remembered and what guides are of different orders, and their errors do not cancel
+    close = 0.01 if solver in FIRST_ORDER else 0.02 if n == 250 else 0.12
+    assert last.x.mean().item() == pytest.approx(POSTERIOR_MEAN, abs=close)
+
+
+@pytest.mark.parametrize("n", FEW)
+@pytest.mark.parametrize(("solver", "drift"), [("ddim", math.pi / 2), ("dpmpp_2m", math.pi / 2), ("sde_dpmpp_2m", 2.0)])
+def test_a_limit_moves_a_picture_as_far_in_any_number_of_steps(solver: str, drift: float, n: int) -> None:
+    """Closed form where data are a unit Gaussian and the limit r always binds, in s = √(1−ᾱ)/√ᾱ and z = x/√ᾱ.
+
+    x̂0 = ᾱ·z + r·√(1−ᾱ), and dz/ds = (z − x̂0)/s without noise, or twice as much with it. From s = ∞, z ends at
+    r·∫ds/(1+s²) = r·π/2, or on average at 2r·∫ds/(1+s²)^(3/2) = 2r.
+    """
+
+    def unit(x: Tensor, step: Step) -> Prediction:
+        x0 = step.alpha_bar_t**0.5 * x
+        return Prediction(x0, to_eps(x0, x, step.alpha_bar_t), x.new_tensor(step.posterior_variance))
+
+    def brightness(image: Tensor, step: Step) -> Tensor:
+        return image.flatten(1).sum(dim=1)
+
+    make_update: MakeUpdate = (FIRST_ORDER | SOLVERS)[solver]
+    guidance = GradientGuidance(brightness, torch.full((64,), 1e6), grad_noisy, shift_eps, limit=0.2)
+    denoise, steps = GuidedDenoiser(unit, [guidance]), SCHEDULE.steps(n, "trailing")
+    *_, last = sample(denoise, steps, make_update(), Noise(range(64), (1, 16, 16)))
+    assert last.x.mean().item() / 0.2 == pytest.approx(drift, rel=0.06 + 1.5 / n)
 
 
 # identities

@@ -197,16 +197,23 @@ def test_glide_takes_the_gradient_at_x_t_of_a_clip_that_knows_its_noise(drawn, t
     moved("glide", clip, drawn, walk.plain + by(PLAIN) * walk.variance * gradient, walk, noisy=True)
 
 
+def limited(walk: Walk, score: Tensor, binds: bool) -> Tensor:
+    """x_s where ``score`` is added to the score, so far that x̂0 moves by √(1−ᾱ_t) at most, as a root mean square."""
+    move = (1 - AT) / AT**0.5 * score
+    share = move.square().mean(dim=(1, 2, 3), keepdim=True).sqrt() / (1 - AT) ** 0.5
+    assert (share > 1).all() == binds
+    x0 = walk.x0 + move * (1 / share).clamp(max=1)
+    eps = walk.eps - (1 - AT) ** 0.5 * score * (1 / share).clamp(max=1)
+    return walk.with_prediction(x0.detach(), eps.detach())
+
+
 @pytest.mark.parametrize("strength", [0.05, 1e4])
-def test_contrastive_is_glides_step_over_four_views_up_to_a_twentieth_of_the_noise(
+def test_contrastive_adds_the_gradient_over_four_views_to_the_score_up_to_a_limit(
     drawn, tiny_clip: Path, strength: float
 ) -> None:
     clip, walk = Clip.load(str(tiny_clip)), Walk(drawn)
     gradient = noisy_gradient(clip, drawn[0], views=True)
-    move = by(strength * PLAIN) * walk.variance * gradient
-    share = move.square().mean(dim=(1, 2, 3), keepdim=True).sqrt() / walk.variance**0.5
-    assert (share > 0.05).all() == (strength > 1)
-    expected = walk.plain + move * (0.05 / share).clamp(max=1)
+    expected = limited(walk, by(strength * PLAIN) * gradient, strength > 1)
     moved("contrastive", clip, drawn, expected, walk, weight=strength * PLAIN, noisy=True)
 
 
@@ -288,15 +295,10 @@ def test_universal_guidance_is_score_addition_clamped_after_it(drawn, tiny_clip:
 
 
 @pytest.mark.parametrize("weight", [0.2, 1e4])
-def test_contrastive_denoised_goes_through_the_network_up_to_a_twentieth_of_the_noise(
-    drawn, tiny_clip: Path, weight: float
-) -> None:
+def test_contrastive_denoised_goes_through_the_network_up_to_a_limit(drawn, tiny_clip: Path, weight: float) -> None:
     clip, walk = Clip.load(str(tiny_clip)), Walk(drawn)
     gradient = walk.gradient(sum(logit(view, clip) for view in views_of(walk.x0)) / 4)
-    move = by(weight * PLAIN) * walk.variance * gradient
-    share = move.square().mean(dim=(1, 2, 3), keepdim=True).sqrt() / walk.variance**0.5
-    assert (share > 0.05).all() == (weight > 1)
-    expected = walk.plain + move * (0.05 / share).clamp(max=1)
+    expected = limited(walk, by(weight * PLAIN) * gradient, weight > 1)
     moved("contrastive_denoised", clip, drawn, expected, walk, weight=weight * PLAIN)
 
 

@@ -307,8 +307,9 @@ class GradientGuidance(Generic[AnyObjective]):
         gradient: where the gradient is taken.
         shift: how it is injected.
         scale: what the weight is multiplied by at each step.
-        limit: how far the mean may be moved, as a share of the noise that a step adds: the largest root mean square of
-            σ_t·w·g, whose like in the noise is 1. What is more is scaled down, image by image.
+        limit: how far score addition may move x̂0, in units of √(1−ᾱ_t), the standard deviation of x0 given x_t where
+            data are a unit Gaussian: the largest root mean square of √(1−ᾱ_t)/√ᾱ_t·w·g. A larger move is scaled down,
+            image by image. It is a limit on the drift, so it means the same at any number of steps.
         required: whether a gradient of 0 is an error, as it is for what a text asks.
     """
 
@@ -330,7 +331,7 @@ class GradientGuidance(Generic[AnyObjective]):
         scale = 1.0 if self.scale is None else self.scale(g, pred, step)
         direction = self.weight[:, None, None, None] * scale * g
         if self.limit is not None:
-            move = rms(pred.variance.sqrt() * direction)
+            move = rms(direction) * ((1 - step.alpha_bar_t) / step.alpha_bar_t) ** 0.5
             direction = direction * (self.limit / move.clamp(min=self.limit))
         direction = torch.where(guided[:, None, None, None], direction, 0)
         return self.shift(pred, direction, step)

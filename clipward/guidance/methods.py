@@ -83,6 +83,7 @@ class Method:
 
 
 METHODS: dict[str, Method] = {}
+MOST = 1.0  # how far `contrastive` may move x̂0, in standard deviations of what x0 may be; see GradientGuidance.limit
 
 
 def method(unit: Unit, weight: float, **settings: Any) -> Callable[[Guide], Guide]:
@@ -121,24 +122,24 @@ def glide(objectives: Objectives, weight: Tensor) -> list[Guidance]:
 
 @method("log-likelihood", 20, guided_by="noisy clip", contrast=True)
 def contrastive(objectives: Objectives, weight: Tensor) -> list[Guidance]:
-    """μ + w·σ_t²·∇_{x_t} log p(y | x_t) with a noise-aware CLIP, over four views, limited to a twentieth of the noise.
+    """∇ log p(x_t) + w·∇_{x_t} log p(y | x_t) with a noise-aware CLIP, over four views, limited to MOST of x̂0.
 
-    Ours. It is GLIDE's step with three changes. The objective compares a text with its contrast captions, so its
+    Ours. It is GLIDE's gradient with four changes. The objective compares a text with its contrast captions, so its
     gradient fades once the picture shows what the text says. The gradient is averaged over mirrored and shifted views.
-    A limit on the ratio of guidance to noise keeps large weights from damaging pictures. There is no backward pass
-    through the U-Net.
+    It is added to the score, and a limit on how far x̂0 moves keeps large weights from damaging pictures; both mean the
+    same at any number of steps. There is no backward pass through the U-Net.
     """
-    return [GradientGuidance(Views(objectives.log_likelihood), weight, grad_noisy, shift_mean, limit=0.05)]
+    return [GradientGuidance(Views(objectives.log_likelihood), weight, grad_noisy, shift_eps, limit=MOST)]
 
 
 @method("log-likelihood", 80, contrast=True)
 def contrastive_denoised(objectives: Objectives, weight: Tensor) -> list[Guidance]:
-    """μ + w·σ_t²·∇_{x_t} log p(y | x̂0(x_t)) with any CLIP, through the U-Net, over four views, limited as above.
+    """∇ log p(x_t) + w·∇_{x_t} log p(y | x̂0(x_t)) with any CLIP, through the U-Net, over four views, limited as above.
 
     Ours: ``contrastive`` for a CLIP that has seen clean pictures only. The U-Net's Jacobian turns the gradient at x̂0
     into one at x_t, at the cost of a backward pass.
     """
-    return [GradientGuidance(Views(objectives.log_likelihood), weight, grad_denoised, shift_mean, limit=0.05)]
+    return [GradientGuidance(Views(objectives.log_likelihood), weight, grad_denoised, shift_eps, limit=MOST)]
 
 
 @method("log-likelihood", 10, guided_by="classifier")
