@@ -6,8 +6,9 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger
 from lightning.pytorch.utilities.seed import isolate_rng
+from PIL import Image
 from torch import Tensor
 
 from clipward.callbacks.evaluation import HasValidationPictures
@@ -26,8 +27,8 @@ from clipward.sampler import HasSampler, to_picture
 class GuidedSamples(L.Callback):
     """Draws the same requests every so often with the averaged weights.
 
-    The samples go to TensorBoard, and to ``samples`` in the log folder as PNGs. The callback restores the states of all
-    random generators, so that training does not change.
+    The samples go to the loggers that take pictures (TensorBoard, W&B and MLflow), and to ``samples`` in the log folder
+    as PNGs. The callback restores the states of all random generators, so that training does not change.
 
     Args:
         text: sentences; without any, the samples are unguided.
@@ -99,10 +100,11 @@ class GuidedSamples(L.Callback):
         log_dir, provenance = trainer.log_dir, pl_module.provenance()  # all processes must take part in these
         if trainer.is_global_zero:
             self.show(trainer, cells, images, None if log_dir is None else Path(log_dir) / "samples", provenance)
-            if self.judges is not None and trainer.logger is not None:
+            if self.judges is not None and trainer.loggers:
                 with isolate_rng():
                     table = self.judge(self.judges, cells, images, cost, trainer, pl_module)
-                    log_scores(trainer.logger, table, step)
+                    for logger in trainer.loggers:
+                        log_scores(logger, table, step)
 
     def sample(self, cells: list[Cell], trainer: L.Trainer, pl_module: HasSampler) -> Tensor:
         """Sample a share of the cells in each process, and return all: (cells, C, H, W) in [-1, 1]."""
@@ -121,12 +123,12 @@ class GuidedSamples(L.Callback):
     def show(
         self, trainer: L.Trainer, cells: list[Cell], images: Tensor, folder: Path | None, provenance: dict[str, Any]
     ) -> None:
-        """Draw the first seeds as a figure, for TensorBoard and as a PNG in ``folder``."""
+        """Draw the first seeds as a figure, for the loggers and as a PNG in ``folder``."""
         step, shown = trainer.global_step, set(self.seeds[:GRID_ROWS])
         pictures = {cell: image for cell, image in zip(cells, images, strict=True) if cell.seed in shown}
         sheet = draw_figure({cell: to_picture(image) for cell, image in pictures.items()})
-        if isinstance(trainer.logger, TensorBoardLogger):
-            trainer.logger.experiment.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
+        for logger in trainer.loggers:
+            log_sheet(logger, sheet, step)
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             save_png(folder / f"{step:08d}.png", sheet, f"step {step}; {provenance}")
@@ -148,6 +150,16 @@ class GuidedSamples(L.Callback):
         }
         judgements = judges.judge_pictures(requests, images, cost, pl_module.sampler.models)
         return summarise(judgements, self._reference)
+
+
+def log_sheet(logger: Logger, sheet: Image.Image, step: int) -> None:
+    """Give a figure to a logger that takes pictures: TensorBoard, W&B, MLflow, and others that have ``log_image``."""
+    if isinstance(logger, TensorBoardLogger):
+        logger.experiment.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
+    elif isinstance(logger, MLFlowLogger):
+        logger.experiment.log_image(logger.run_id, sheet, artifact_file=f"samples/{step:08d}.png")
+    elif hasattr(logger, "log_image"):  # as W&B's
+        logger.log_image("samples", [sheet], step)
 
 
 def log_scores(logger: Logger, table: list[Scores], step: int) -> None:

@@ -82,6 +82,9 @@ class HasPictures(Protocol):
 class DDPMModule(Reproducible):
     """A denoising diffusion model (Ho et al. 2020), sampled under the guidance of a CLIP.
 
+    Beside what all training logs, it logs ``train/loss_t1`` to ``train/loss_t4``, the mean losses of the quarters of t
+    since the last log (the first is nearest to the picture), and ``train/ema_decay``.
+
     Args:
         network: the U-Net, the noise schedule and what the network puts out.
         guidance: which models guide, and what a text is compared with.
@@ -121,6 +124,7 @@ class DDPMModule(Reproducible):
         self.ema: EMA | None = None
         self.trained = False  # whether the network has weights from anywhere but chance
         self._provenance: dict[str, Any] | None = None
+        self._quarters: Tensor | None = None  # (2, 4): sums of the losses in each quarter of t, and how many they are
 
     def configure_model(self) -> None:
         if self.unet is not None:
@@ -174,7 +178,13 @@ class DDPMModule(Reproducible):
     def loss(
         self, x0: Tensor, t: Tensor, eps: Tensor, gamma: float | None = None, label: Tensor | None = None
     ) -> Tensor:
-        """L_simple (Ho et al. 2020, eq. 14) in the network's own parametrisation, averaged over the batch.
+        """The mean of :meth:`losses`."""
+        return self.losses(x0, t, eps, gamma, label).mean()
+
+    def losses(
+        self, x0: Tensor, t: Tensor, eps: Tensor, gamma: float | None = None, label: Tensor | None = None
+    ) -> Tensor:
+        """(B,): L_simple (Ho et al. 2020, eq. 14) in the network's own parametrisation, averaged over each picture.
 
         A network that learns its variance has 0.001·L_vlb added (Nichol & Dhariwal 2021, eq. 16).
 
@@ -192,12 +202,12 @@ class DDPMModule(Reproducible):
         squares = (output - training_target(x0, eps, alpha_bar, architecture.parametrisation)) ** 2
         if gamma is not None:
             squares = min_snr_weight(alpha_bar, gamma, architecture.parametrisation) * squares
-        loss = squares.mean()
+        losses = squares.flatten(1).mean(dim=1)
         if architecture.var_type == "learned_range":
             predicted = to_x0(output, x, alpha_bar, architecture.parametrisation)
             bound = variational_bound(x0, x, predicted, *share, t, self.schedule)
-            loss = loss + 0.001 * len(self.schedule) * bound.mean()
-        return loss
+            losses = losses + 0.001 * len(self.schedule) * bound
+        return losses
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         x0 = batch["image"]
@@ -205,8 +215,10 @@ class DDPMModule(Reproducible):
         eps, label = torch.randn_like(x0), self._label(batch)
         if label is not None and self.architecture.unet.null_class:
             label = torch.where(torch.rand(len(x0), device=x0.device) < self.optim.label_dropout, -1, label)
-        loss = self.loss(x0, t, eps, self.optim.min_snr_gamma, label)
+        losses = self.losses(x0, t, eps, self.optim.min_snr_gamma, label)
+        loss = losses.mean()
         self.log("train/loss", loss, prog_bar=True)
+        self._add_to_quarters(t, losses.detach())
         return loss
 
     def _label(self, batch: dict[str, Any]) -> Tensor | None:
@@ -216,6 +228,12 @@ class DDPMModule(Reproducible):
         if "class_label" not in batch:
             raise InputError("data.classes: got none, expected what the classes are, since the model has num_classes")
         return batch["class_label"]
+
+    def _add_to_quarters(self, t: Tensor, losses: Tensor) -> None:
+        """Sum the losses in each quarter of t, of which the first is nearest to the picture."""
+        quarters = t * 4 // len(self.schedule)
+        sums = [losses.new_zeros(4).index_add_(0, quarters, each) for each in (losses, torch.ones_like(losses))]
+        self._quarters = torch.stack(sums) if self._quarters is None else self._quarters + torch.stack(sums)
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         x0 = batch["image"]
@@ -261,6 +279,15 @@ class DDPMModule(Reproducible):
         # Here rather than at the end of the batch, where a checkpoint may already have been written.
         super().optimizer_step(*args, **kwargs)
         self.ema.update(self.trainer.global_step + 1)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        super().on_before_optimizer_step(optimizer)
+        if self._quarters is not None and self.logs_step(self.global_step + 1):
+            self.log("train/ema_decay", self.ema.decay_at(self.global_step + 1))
+            for i, (total, count) in enumerate(self._quarters.T.tolist(), start=1):
+                if count:
+                    self.log(f"train/loss_t{i}", total / count)
+            self._quarters = None
 
     def configure_optimizers(self) -> dict[str, Any]:
         return adamw(self.unet.parameters(), self.optim, self.trainer.max_steps)

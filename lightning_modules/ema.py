@@ -31,10 +31,14 @@ class EMA:
     def load(self, state: dict[str, Tensor]) -> None:
         self.average = {name: state[name].float().clone() for name in self.average}
 
+    def decay_at(self, n: int) -> float:
+        """The decay of step ``n`` (1 is the first)."""
+        return min(self.decay, (1 + n) / (10 + n))
+
     @torch.no_grad()
     def update(self, n: int) -> None:
-        """Take the weights in after step ``n`` (1 is the first)."""
-        decay = min(self.decay, (1 + n) / (10 + n))
+        """Take the weights in after step ``n``."""
+        decay = self.decay_at(n)
         for name, p in own_parameters(self.network).items():
             self.average[name] = self.average[name].to(p.device).lerp_(p.detach().float(), 1 - decay)
 

@@ -1,5 +1,6 @@
-"""What all training shares: it goes on after a stop as if there had been none, and stops where numbers break."""
+"""What all training shares: it goes on after a stop as if there had been none, stops where numbers break, and logs."""
 
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,9 +19,14 @@ class Reproducible(L.LightningModule):
     With a loader that knows its place, a fit that is resumed within an epoch ends with the same bits.
 
     A gradient that is not finite stops the training before the step, and weights that are not finite are never saved.
+
+    It logs ``train/learning_rate``, ``train/gradient_norm`` (of all parameters together, before clipping) and
+    ``train/pictures_per_second`` (of all processes; reading the pictures counts, validation and samples don't).
     """
 
     training_seed: int | None = None
+    _ended: float | None = None  # when the work on the last batch ended
+    _seconds, _pictures = 0.0, 0  # since the last log
 
     def on_fit_start(self) -> None:
         if self.training_seed is None:
@@ -29,11 +35,40 @@ class Reproducible(L.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         torch.manual_seed(seed_of(self.training_seed, self.current_epoch, batch_idx, self.global_rank))
         self._batch_idx = batch_idx
+        now, self._stepped = time.perf_counter(), False
+        self._seconds += 0.0 if self._ended is None else now - self._ended  # reading this batch
+        self._started = now
+        self._pictures += len(next(iter(batch.values())) if isinstance(batch, dict) else batch)
+
+    def on_after_backward(self) -> None:
+        self._ended = time.perf_counter()
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self._ended, self._stepped = time.perf_counter(), True
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self._seconds += self._ended - self._started
+        if self._stepped and self.logs_step(self.global_step):
+            self.log("train/pictures_per_second", self.trainer.world_size * self._pictures / self._seconds)
+            self._seconds, self._pictures = 0.0, 0
+        self._ended = time.perf_counter()
+
+    def on_validation_end(self) -> None:
+        self._ended = None if self._ended is None else time.perf_counter()
+
+    def logs_step(self, number: int) -> bool:
+        """Whether the loggers get the numbers of a step, by its number from 1 on."""
+        return self.trainer.log_every_n_steps > 0 and number % self.trainer.log_every_n_steps == 0
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if self.logs_step(self.global_step + 1):
+            norm = torch.nn.utils.get_total_norm(gradients)
+            self.log("train/gradient_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
+            self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
         if self.trainer.precision == "16-mixed" and self.device.type == "cuda":
             return  # float16 overflows now and then; its scaler leaves such a step out and scales less
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if not self._in_all_processes(all_finite(gradients)):
             raise InputError(
                 f"fit: the gradient is not finite at step {self.global_step + 1} (epoch {self.current_epoch}, batch "

@@ -194,7 +194,7 @@ def test_bad_input_gets_one_line_and_nothing_half_written(
 
 
 def test_a_bug_keeps_its_traceback(config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*args: object) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
         raise ValueError("a bug")
 
     monkeypatch.setattr("clipward.sampler.Sampler.sample_in_chunks", broken)

@@ -480,12 +480,12 @@ def test_recomputed_activations_need_less_memory() -> None:
 def test_a_gradient_that_is_not_finite_stops_before_the_step(tmp_path: Path) -> None:
     module = tiny_module(optim=TrainingConfig(learning_rate=1e-3))
     saver = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_on_exception=True, save_last=True)
-    loss = module.loss
+    losses = module.losses
 
     def break_the_third(*args) -> torch.Tensor:
-        return loss(*args) * (float("nan") if module.global_step == 2 else 1)
+        return losses(*args) * (float("nan") if module.global_step == 2 else 1)
 
-    module.loss = break_the_third
+    module.losses = break_the_third
     trainer = tiny_trainer(tmp_path, max_steps=4, callbacks=[saver], enable_checkpointing=True)
     with pytest.raises(InputError, match=r"gradient is not finite at step 3 \(epoch 0, batch 2\).*learning_rate"):
         trainer.fit(module, tiny_faces())

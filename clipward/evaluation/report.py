@@ -108,7 +108,7 @@ def format_texts(texts: Mapping[str, Sequence[Scores]]) -> str:
     """A Markdown table with a row for each text and guidance weight: accuracy, also by attribute, and similarity."""
     rows = (
         [
-            text,
+            text.replace("|", r"\|"),
             _show(scores.guidance_weight, "g"),
             f"{scores.pictures}",
             f"{scores.prompt_accuracy:.0%}",
