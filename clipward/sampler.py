@@ -423,7 +423,8 @@ class Sampler:
         image = start = torch.stack([each.read_image(noise.shape) for each in given]).to(self.device)
         draw: Callable[[int | str], Tensor] = noise
         if edit.invert and steps:
-            start = torch.stack([self._invert(given)[key][0] for key in map(self._inversion_key, given)])
+            inverted = self._invert(given)
+            start = torch.stack([inverted[self._inversion_key(each)][0] for each in given])
             found = to_eps(image, start, steps[0].alpha_bar_t)
             draw = partial(lambda eps, _: eps, found)  # what is known comes from the same noise
         elif steps:
@@ -456,9 +457,8 @@ class Sampler:
         self._inversions = dict([*self._inversions.items(), *found.items()][-max(MOST_INVERSIONS, len(found)) :])
         return found
 
-    def _inversion_key(self, edit: Edit) -> Any:
-        config = self.config
-        return hash_source(edit.init_image or ""), edit.outpaint, edit.strength, config.skip_steps, config.skip_type
+    def _inversion_key(self, edit: Edit) -> tuple[Any, ...]:
+        return hash_source(edit.init_image or ""), edit.outpaint, edit.strength, repr(self.config)
 
     def describe(self, edit: Edit | None) -> dict[str, Any]:
         """How an edited picture is made otherwise than :meth:`settings` says, and what was given for it."""

@@ -8,15 +8,16 @@ import pytest
 import torch
 from conftest import TINY_CLIP, metadata, tiny_module
 from PIL import Image
+from pyarrow import parquet
 from torch import Tensor
 
 import clipward
 from clipward.cli import main
-from clipward.datamodules.prompts import PromptDataModule
+from clipward.datamodules.prompts import Dealt, PromptDataModule, Request
 from clipward.diffusion.denoiser import Prediction, add_noise, to_eps
 from clipward.diffusion.sampling import Inversion, KeepKnown, Noise, ancestral, ddim, sample
 from clipward.diffusion.schedule import Schedule, Step, time_travel
-from clipward.editing import Edit
+from clipward.editing import Edit, list_kinds
 from clipward.errors import InputError
 from clipward.guidance.methods import METHODS
 from clipward.networks.clip import OPENAI_PREPROCESSING, Clip, make_noise_aware, save_folder
@@ -259,6 +260,19 @@ def test_batches_hold_edits_of_one_kind(tmp_path: Path, picture: str) -> None:
     assert [batch["seed"] for batch in data.predict_dataloader()] == [[0, 2, 4], [1, 3, 5], [6]]
 
 
+def test_processes_get_edits_of_one_kind_at_a_time_and_each_request_once(picture: str) -> None:
+    edits = [None, Edit(picture, strength=0.3), Edit(picture, strength=0.7), Edit(image_prompt=picture)]
+    requests = [Request(i, "a man", i, 1.0, edits[i * i % 7 % 4]) for i in range(50)]
+    shares = [list(Dealt(requests, 4, {3, 17}, rank, 3)) for rank in range(3)]
+    for dealt in zip(*shares, strict=True):
+        assert len({len(batch["index"]) for batch in dealt}) == 1
+        assert len(list_kinds(edit for batch in dealt for edit in batch["edit"])) == 1
+    valid = [
+        i for share in shares for batch in share for i, ok in zip(batch["index"], batch["valid"], strict=True) if ok
+    ]
+    assert sorted(valid) == sorted(set(range(50)) - {3, 17})
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -429,3 +443,13 @@ def test_a_picture_draws_towards_itself(config: str, tmp_path: Path, picture: st
     assert [(row["text"], row["guidance_weight"]) for row in rows] == [("", 0), ("", 300)] * 2
     assert rows[1]["clip_similarity"] > rows[0]["clip_similarity"]
     assert len(rows[0]["image_prompt_sha256"]) == 64
+
+
+def test_a_shard_holds_rows_with_and_without_edits(config: str, tmp_path: Path, picture: str) -> None:
+    rows = [{"text": "a man", "seed": 1}, {"text": "a man", "seed": 2, "init_image": "picture.png", "invert": True}]
+    prompts = write_rows(tmp_path / "rows.jsonl", *rows)
+    flags = ["--guidance_weight", "20", "--output", "parquet", "--save_dir", str(tmp_path / "x")]
+    main(["predict", "-c", config, "--prompts", prompts, *flags])
+    table = parquet.read_table(tmp_path / "x/000000000.parquet").to_pylist()
+    assert [row["init_image"] for row in table] == [None, picture]
+    assert [row["invert"] for row in table] == [None, True]
