@@ -1,8 +1,13 @@
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from benchmarks.editing import EDITS, draw_mask, measure_seam, seams
+from benchmarks.editing import compare as compare_edits
 from benchmarks.methods import METHODS, compare, select_correct
 from benchmarks.scaling import FIT, PREDICT, measure
 from clipward.datamodules.faces import caption
@@ -70,3 +75,24 @@ def test_processes_are_metered(strategy: str) -> None:
         found = measure(command, size, batches=1, strategy=strategy, processes=2)
         assert found["rate"] > 0
         assert found["peak"] > 2**28
+
+
+def test_edits_are_judged_into_a_table_and_a_figure(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    compare_edits(tmp_path, n_faces=1, skip_steps=4)
+    table = (tmp_path / "table.md").read_text()
+    assert table in capsys.readouterr().out
+    assert re.search(r"^\| mask \| 1 \| 20 \| \d+ / \d+ % \| \d+\.\d \| 0\.0 \|$", table, re.MULTILINE)
+    assert (tmp_path / "figure.png").stat().st_size > 1000
+    seams(tmp_path / "seams", n_faces=1, repeats=(1,), skip_steps=4)
+    assert re.search(r"^\| 1 \| \d\.\d\d \|$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_a_seam_is_a_step_at_the_border_alone() -> None:
+    rows, columns = np.indices((64, 64))
+    smooth = (2 * (rows + columns)).clip(0, 255)
+    inside = (rows >= 12) & (rows < 44) & (columns >= 12) & (columns < 52)
+    box = (12, 12, 52, 44)
+    for levels, expected in ((smooth, 1.0), (smooth + 20 * inside, 10.0)):
+        picture = Image.fromarray(levels.astype(np.uint8)).convert("RGB")
+        assert measure_seam(picture, box) == pytest.approx(expected, abs=0.15)
+    assert all(0 < (np.asarray(draw_mask(text)) > 0).mean() < 0.8 for text in EDITS)
