@@ -64,7 +64,7 @@ class OneLineParser(ArgumentParser):
             args = keep_unread(args) if self.exit_on_error else [arg.replace(UNREAD, "", 1) for arg in args]
         return super().parse_args(args, *more, **options)
 
-    def parse_object(self, cfg_obj: Any, *more: Any, **options: Any) -> Any:  # type: ignore[override]
+    def parse_object(self, cfg_obj: Any, *more: Any, **options: Any) -> Any:
         """Parse settings that are in a collection already; the one of a flag may still be unread."""
         for name in list(cfg_obj.keys()):
             if isinstance(cfg_obj[name], str):
