@@ -52,6 +52,21 @@ def test_the_command_draws_the_picture(studio: Studio, tmp_path: Path, monkeypat
             assert len(list(Path(f"out/{text}{seed}").glob("0*.png"))) == 1
 
 
+def test_the_command_edits_the_picture(studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    layer = Image.new("RGBA", (40, 40))
+    layer.paste("white", (0, 0, 40, 20))
+    image, mask = studio.keep({"background": Image.effect_noise((40, 40), 90).convert("RGBA"), "layers": [layer]})
+    drawn = []
+    for number, edit in enumerate([{}, {"init_image": image}, {"init_image": image, "mask": mask, "strength": 0.8}]):
+        order = Order(**(vars(ORDER) | {"n_samples": 1, "strength": 0.5} | edit))
+        *_, (pictures, _) = studio.draw(order)
+        drawn.append(pictures[0][0].tobytes())
+        main([*shlex.split(studio.commands(order)[0])[1:], f"--save_dir={number}"])
+        assert Image.open(f"{number}/000000.png").tobytes() == drawn[-1]
+    assert len(set(drawn)) == 3
+
+
 def test_a_new_drawing_ends_the_one_before(studio: Studio) -> None:
     first = studio.draw(Order("", 0.0, 0, 1, "auto", 100))
     next(first)
@@ -172,6 +187,32 @@ def test_a_browser_draws_and_shows_the_commands(page: Any, studio: Studio) -> No
     order = Order("<b>an old man</b> it's", 20.0, 1, 4, "auto", 4)
     lines = page.locator("#commands .cm-line").all_inner_texts()
     assert lines == studio.commands(order)
+
+
+@pytest.mark.browser
+def test_a_browser_edits_what_is_brushed(page: Any, tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64), (10, 200, 10)).save(tmp_path / "green.png")
+    page.get_by_text("Edit a picture").click()
+    page.locator("#edit input[type=file]").first.set_input_files(tmp_path / "green.png")
+    page.wait_for_timeout(2000)
+    page.get_by_role("button", name="Brush", exact=True).click()
+    canvas = page.locator("#edit canvas").first
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(middle[0] - 20, middle[1])
+    page.mouse.down()
+    page.mouse.move(*middle, steps=8)
+    page.mouse.up()
+    page.wait_for_timeout(1000)
+    page.get_by_label("number input for Steps").fill("4")
+    page.get_by_role("button", name="Draw", exact=True).click()
+    page.wait_for_function("document.querySelector('#said textarea, #said input').value.startsWith('done in')")
+    assert all("--mask=" in line for line in page.locator("#commands .cm-line").all_inner_texts())
+    (picture,), (mask,) = ([*(tmp_path / "app").glob(f"{kind}-*.png")] for kind in ("picture", "mask"))
+    assert Image.open(picture).getpixel((2, 2)) == (10, 200, 10)
+    brushed = Image.open(mask).histogram()[255]
+    assert 0 < brushed < Image.open(mask).width * Image.open(mask).height / 2
 
 
 @pytest.mark.browser

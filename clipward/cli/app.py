@@ -270,9 +270,10 @@ def build(studio: Studio) -> Any:
                         sources=["upload", "clipboard"],
                         transforms=[],
                         layers=False,
-                        brush=gradio.Brush(colors=["#ffffff"], color_mode="fixed"),
+                        brush=gradio.Brush(max(8, size // 8), colors=["#ff2d95"], color_mode="fixed"),
                         canvas_size=(512, 512),
                         format="png",
+                        elem_id="edit",
                     )
                     strength = gradio.Slider(0, 1, 0.6, label="Strength: 0 keeps the picture, 1 begins at noise")
             with gradio.Column(scale=3, min_width=320):
