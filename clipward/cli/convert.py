@@ -7,12 +7,13 @@ from typing import Any, Literal
 
 from jsonargparse import auto_cli
 
+from clipward.cli.model_card import check_login, make_card, push, read_record
 from clipward.cli.parser import OneLineParser
 from clipward.diffusion.denoiser import Parametrisation
 from clipward.diffusion.schedule import ScheduleName
-from clipward.errors import InputError
+from clipward.errors import InputError, shorten
 from clipward.weights.architecture import Weights
-from clipward.weights.diffusers import save_diffusers
+from clipward.weights.diffusers import HUB_NAME, save_diffusers
 from clipward.weights.load import load_weights, save_weights
 
 
@@ -26,6 +27,8 @@ def convert(
     head_channels: int | None = None,
     schedule: ScheduleName | None = None,
     parametrisation: Parametrisation | None = None,
+    push_to_hub: str | None = None,
+    dry_run: bool = False,
 ) -> None:
     """Write weights of any kind that --weights takes as our safetensors or as a diffusers folder.
 
@@ -39,7 +42,16 @@ def convert(
         head_channels: of an attention head, where the source doesn't know it; 64 in OpenAI's published networks.
         schedule: where the source doesn't know it; linear in all that pesser and OpenAI published for faces.
         parametrisation: what the network puts out, where the source doesn't know it.
+        push_to_hub: USER/NAME of a repository on the hub to upload the diffusers folder to, with a model card.
+        dry_run: write the folder with its card, show it, and upload nothing.
     """
+    if push_to_hub is not None:
+        if not HUB_NAME.fullmatch(push_to_hub):
+            raise InputError(f"push_to_hub: got {shorten(push_to_hub)}, expected USER/NAME")
+        if to != "diffusers":
+            raise InputError(f"push_to_hub: got --to {to} beside it, expected --to diffusers")
+    elif dry_run:
+        raise InputError("dry_run: got no --push_to_hub beside it, expected USER/NAME to make the card for")
     path = Path(target)
     if path.exists():
         raise InputError(f"target: {target} exists; use another name")
@@ -47,13 +59,22 @@ def convert(
     given: dict[str, Any] = {"image_size": image_size, "schedule": schedule, "parametrisation": parametrisation}
     architecture = replace(weights.architecture, **{name: value for name, value in given.items() if value is not None})
     weights = Weights(architecture, weights.state)
+    if push_to_hub is not None and not dry_run:
+        check_login()
     if to == "diffusers":
-        save_diffusers(path, weights)
+        card = {} if push_to_hub is None else make_card(push_to_hub, weights, source, read_record(source))
+        save_diffusers(path, weights, card)
     else:
         save_weights(path, weights, half)
     count = sum(value.numel() for value in weights.state.values())
     height, width = architecture.size
     print(f"{target}: {count / 1e6:.1f} M parameters for {width}×{height} pictures")
+    if push_to_hub is not None and dry_run:
+        for file in sorted(file for file in path.rglob("*") if file.is_file()):
+            print(f"  {file.relative_to(path)}  {file.stat().st_size / 1e6:.2f} MB")
+        print(f"nothing is uploaded; without --dry_run true, these files go to https://huggingface.co/{push_to_hub}")
+    elif push_to_hub is not None:
+        print(f"uploaded: {push(path, push_to_hub)}")
 
 
 def run(args: Sequence[str]) -> None:

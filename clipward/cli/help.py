@@ -163,6 +163,10 @@ COMMANDS = {
                 "--to KIND": "safetensors (the default) or diffusers",
                 "--half BOOL": "write safetensors in half precision (default: false)",
             },
+            "Where to publish": {
+                "--push_to_hub USER/NAME": "upload the diffusers folder to the hub, with a model card",
+                "--dry_run BOOL": "write and show the folder, and upload nothing (default: false)",
+            },
             "What the source does not say": {
                 "--image_size N": "of the pictures",
                 "--head_channels N": "channels of an attention head",

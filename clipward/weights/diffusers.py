@@ -332,8 +332,13 @@ def modernise_keys(state: State) -> dict[str, Tensor]:
 # to diffusers
 
 
-def save_diffusers(folder: Path, weights: Weights) -> None:
+def save_diffusers(folder: Path, weights: Weights, others: Mapping[str, bytes] | None = None) -> None:
     """Write a folder that diffusers' ``DDPMPipeline.from_pretrained`` opens; a failure leaves no folder.
+
+    Args:
+        folder: a new one.
+        weights: of a network that diffusers has too.
+        others: files to write beside them, by name.
 
     Raises:
         InputError: where diffusers has no such network.
@@ -345,6 +350,8 @@ def save_diffusers(folder: Path, weights: Weights) -> None:
         for name, config in configs.items():
             (aside / name).parent.mkdir(parents=True, exist_ok=True)
             (aside / name).write_text(json.dumps(config, indent=2) + "\n")
+        for name, content in (others or {}).items():
+            (aside / name).write_bytes(content)
         save_file(to_storable(state), aside / "unet/diffusion_pytorch_model.safetensors", {"format": "pt"})
 
 
