@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from clipward.errors import InputError
+from clipward.errors import InputError, first_line
 
 MAX_BYTES = 1_000_000
 MAX_VALUES = 100_000  # after aliases have been replaced by what they stand for
@@ -103,7 +103,7 @@ def read_yaml(path: Path, field: str) -> Any:
         raise InputError(f"{field}: {path} has {error}") from error
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         mark = getattr(error, "problem_mark", None)
-        reason = getattr(error, "problem", None) or error
+        reason = getattr(error, "problem", None) or first_line(error)
         where = "" if mark is None else f" in line {mark.line + 1}"
         raise InputError(f"{field}: {path} is no YAML ({reason}{where})") from error
 

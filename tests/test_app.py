@@ -90,7 +90,7 @@ def test_what_cannot_be_drawn_is_told(studio: Studio) -> None:
             Order(**(vars(ORDER) | values))
     with pytest.raises(InputError, match="text: "):
         list(studio.draw(Order("word " * 100, 20.0, 0, 1, "contrastive_denoised", 4)))
-    studio.model.sampler.models.cosines = None
+    studio.model.sampler.models.objectives = None
     with pytest.raises(TypeError):  # an error of ours is not hidden
         list(studio.draw(Order("a", 20.0, 0, 1, "clip_guidance", 1)))
 

@@ -271,7 +271,10 @@ def test_other_modules_keep_their_names() -> None:
         ("predict --save_dir null", "save_dir: got null, expected a folder"),
         ("test --text x --save_dir=null", "save_dir: got null, expected a folder"),
         ("predict --output zip", "output: got 'zip', expected one of files, webdataset, parquet"),
-        ("predict --model.network.image_size x", "model.network.image_size: got 'x', expected a whole number"),
+        (
+            "predict --model.network.image_size x",
+            "model.network.image_size: got 'x', expected a whole number or a list",
+        ),
         ("predict --model.sampling.interval 0.2", "model.sampling.interval: got '0.2', expected a list"),
         ("predict --model.bogus x", "model.bogus: DDPMModule has no such setting; --help.all lists all"),
         (
@@ -315,7 +318,7 @@ def test_a_mistake_is_named_in_one_line(args: str, message: str) -> None:
         (
             "model: {init_args: {optim: 3}}",
             "model.optim: got 3, expected settings: learning_rate, weight_decay, warmup_steps, cooldown_steps, "
-            "ema_decay, min_snr_gamma",
+            "ema_decay, min_snr_gamma, label_dropout",
         ),
         ("model: {class_path: 3}", "model.class_path: got 3 in FILE, expected a class path"),
         ("data: {init_args: [1]}", "data.init_args: got [1] in FILE, expected settings"),

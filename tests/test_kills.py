@@ -155,8 +155,8 @@ def test_a_run_that_overwrites_is_killed_before_each_file_operation(
     killer.watch(tmp_path / "whole")
     predict(module, tmp_path / "whole", "files", overwrite=True)
     operations = killer.stop()
-    expected = sorted([*(f"{i:06d}.png" for i in range(3)), "backup.tar", "config.predict.yaml", "grid.png"])
-    expected += ["holiday.png", "metadata.jsonl"]
+    expected = sorted([*(f"{i:06d}.png" for i in range(3)), "backup.tar", "config.predict.yaml", "gallery.html"])
+    expected += ["grid.png", "holiday.png", "metadata.jsonl"]
     assert sorted(path.name for path in (tmp_path / "whole").iterdir()) == expected
     for last in range(0, operations, 3):
         out = tmp_path / str(last)

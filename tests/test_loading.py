@@ -145,7 +145,9 @@ def test_training_on_nothing_is_refused(
 @pytest.mark.parametrize("value", [-1, 0.5, True, "4", None, 10**30, float("nan")])
 @pytest.mark.parametrize("name", ["size", "batch_size", "num_workers"])
 def test_settings_out_of_range_are_refused(name: str, value: Any) -> None:
-    with pytest.raises(InputError, match=rf"^data\.{name}: got .*, expected a whole number from [01] to \d+$"):
+    with pytest.raises(
+        InputError, match=rf"^data\.{name}: got .*, expected a whole number (from [01] to \d+|or a height and a width)$"
+    ):
         check_loading(**{"size": 64, "batch_size": 4, "num_workers": 0, name: value})
 
 

@@ -151,7 +151,7 @@ def test_contrast_groups_are_read_from_a_file(tmp_path: Path) -> None:
     path.write_text("- [a kitchen, a bedroom]\n- [bright, dark]\n")
     assert load_contrasts(str(path)) == [["a kitchen", "a bedroom"], ["bright", "dark"]]
     path.write_text("- kitchen\n")
-    with pytest.raises(InputError, match="contrasts: got kitchen"):
+    with pytest.raises(InputError, match="contrasts: got 'kitchen'"):
         load_contrasts(str(path))
     with pytest.raises(InputError, match=r"contrasts: got 'birds', expected .* faces, photographs"):
         load_contrasts("birds")

@@ -457,8 +457,8 @@ def test_a_state_with_a_wrong_key_is_refused_by_its_own_name(tmp_path: Path) -> 
         with pytest.raises(InputError) as raised:
             load_weights(file)
         assert str(raised.value) == f"weights: got no key {name!r}, expected one of shape {shape}".replace(", 1)", ")")
-        torch.save(state | {"label_emb.weight": torch.zeros(10, 4)}, file)
-        with pytest.raises(InputError, match=r"got the key 'label_emb.weight', expected no such key"):
+        torch.save(state | {"bogus.weight": torch.zeros(10, 4)}, file)
+        with pytest.raises(InputError, match=r"got the key 'bogus.weight', expected no such key"):
             load_weights(file)
 
 
@@ -515,7 +515,6 @@ def write_setting(path: Path, setting: str, value: object) -> None:
         ),
         ("act_fn", "relu", "got act_fn 'relu' in config.json, expected silu, swish"),
         ("center_input_sample", True, "got center_input_sample true in config.json, expected false"),
-        ("num_class_embeds", 10, "got num_class_embeds 10 in config.json, expected null"),
         ("mid_block_type", None, "got mid_block_type null in config.json, expected UNetMidBlock2D"),
         (
             "resnet_time_scale_shift",
@@ -552,7 +551,7 @@ def write_setting(path: Path, setting: str, value: object) -> None:
             "got [32, '64'] for block_out_channels in config.json, expected a list of wh",
         ),
         ("freq_shift", 2, "got 2 for freq_shift in config.json, expected 0 or 1"),
-        ("sample_size", [16, 32], "got [16, 32] for sample_size in config.json, expected a whole number"),
+        ("sample_size", [16], "got [16] for sample_size in config.json, expected a whole number"),
     ],
     ids=lambda value: str(value)[:40],
 )
