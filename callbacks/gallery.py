@@ -6,7 +6,7 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -24,17 +24,19 @@ CONFIG_FILE = "config.predict.yaml"
 GRID = "grid.png"
 PAGE = "gallery.html"
 LOCK = ".clipward.lock"
+PROGRESS = "progress"  # the folder of filmstrips and animations
 PICTURES_PER_FOLDER = 10_000  # the first lie in the folder itself, the others in numbered ones within it
 STAGING = ".staged"
 MARK = "clipward"  # the text field of our PNGs
 PAGE_MARK = b"<!doctype html>\n<!-- clipward gallery -->\n"  # how our page begins
 # fields of metadata that differ from picture to picture
-PER_PICTURE = ("file_name", "index", "clip_similarity", "float32_retries", "shard")
+PER_PICTURE = ("file_name", "index", "clip_similarity", "float32_retries", "shard", "filmstrip", "animation")
 
 PNG_NAME = r"[0-9]{6,}\.png"
+WEBP_NAME = r"[0-9]{6,}\.webp"
 SHARD_NAME = r"[0-9]{9,}\.(?:tar|parquet)"
 LINES_NAME = r"\.metadata\.[0-9]+\.jsonl"
-TEMPORARY = "|".join([PNG_NAME, SHARD_NAME, *map(re.escape, (METADATA, CONFIG_FILE, GRID, PAGE))])
+TEMPORARY = "|".join([PNG_NAME, WEBP_NAME, SHARD_NAME, *map(re.escape, (METADATA, CONFIG_FILE, GRID, PAGE))])
 HIDDEN = re.compile(rf"\.(?:{TEMPORARY})\.[0-9]+|{LINES_NAME}|{re.escape(LOCK)}")
 
 
@@ -50,20 +52,32 @@ class Gallery:
         path: the folder.
         output: ``files`` for a PNG for each picture, or the format of the shards.
         rank: the rank of this process.
+        progress: whether pictures on their way are written too.
     """
 
-    def __init__(self, path: Path, output: Output = "files", rank: int = 0) -> None:
-        self.path, self.output, self.rank = path, output, rank
+    def __init__(self, path: Path, output: Output = "files", rank: int = 0, progress: bool = False) -> None:
+        self.path, self.output, self.rank, self.progress = path, output, rank, progress
         self.staged: list[dict[str, Any]] = []  # the rows of this process that are not packed yet
         self._whole: dict[str, tuple[int, int]] = {}  # size and time of the files that were found whole
         self._opened: dict[str, tuple[int, int]] = {}  # and of those whose pictures were opened
         self._damaged: set[str] = set()
         self._table: tuple[Path, Any] | None = None  # the parquet shard that was read last
 
-    def add(self, row: dict[str, Any], picture: Image.Image) -> None:
-        """Write the line of metadata, which is ``row`` with the picture's ``index``, and then the picture."""
+    def add(self, row: dict[str, Any], picture: Image.Image, frames: Sequence[Image.Image] = ()) -> None:
+        """Write the line of metadata, which is ``row`` with the picture's ``index``, and then the picture.
+
+        Args:
+            row: the metadata.
+            picture: its pixels.
+            frames: what it looked like on its way; they become a filmstrip and an animation in the folder ``progress``.
+        """
         row = {"file_name": picture_name(row["index"], self.output == "files"), **row}
+        if frames:
+            row |= progress_names(row["index"])
         self._append([row])
+        if frames:  # before the picture, which says that all of them are there
+            save_png(self.path / row["filmstrip"], draw_filmstrip(frames), to_line(row), clear=False)
+            save_animation(self.path / row["animation"], frames, to_line(row))
         save_png(self.path / row["file_name"], picture, to_line(row), clear=False)
         if self.output != "files":
             self.staged.append(row)
@@ -123,7 +137,8 @@ class Gallery:
             name = str(file_of(row))
             if "shard" in row and name not in shards:
                 shards[name] = self._is_there(name)
-            if shards[name] if "shard" in row else self._is_there(name):
+            there = shards[name] if "shard" in row else all(map(self._is_there, [name, *progress_of(row)]))
+            if there:
                 places[row["index"]] = path, place
         return places
 
@@ -157,7 +172,7 @@ class Gallery:
 
     def names(self) -> set[str]:
         """The files of pictures that lines of metadata name, whether they are there or not."""
-        return {name for _, _, row in self._lines() if (name := file_of(row)) is not None}
+        return {name for _, _, row in self._lines() for name in (file_of(row), *progress_of(row)) if name is not None}
 
     def find_stranger(self, done: Set[int], count: int | None) -> str | None:
         """Find a file that has a name which will be written, and that is not of this class.
@@ -171,6 +186,14 @@ class Gallery:
             expected = index not in done and (count is None or index < count)
             if expected and name not in ours and read_mark(self.path / name).get("file_name") != name:
                 return name
+        if self.progress and os.path.lexists(self.path / PROGRESS):
+            if not (self.path / PROGRESS).is_dir() or (self.path / PROGRESS).is_symlink():
+                return PROGRESS
+            for path in (self.path / PROGRESS).rglob("*"):
+                name, index = str(path.relative_to(self.path)), int(path.stem) if path.stem.isdecimal() else -1
+                expected = index not in done and index >= 0 and (count is None or index < count)
+                if expected and name in progress_names(index).values() and name not in ours:
+                    return name
         if os.path.lexists(self.path / GRID) and not read_mark(self.path / GRID):
             return GRID
         if os.path.lexists(self.path / PAGE) and not is_page(self.path / PAGE):
@@ -262,7 +285,7 @@ class Gallery:
         folders = {self.path, self.path / STAGING}
         for name in self.names():
             path = self.path / name
-            folders.add(path.parent)
+            folders.add(path.parent)  # also of pictures on their way
             packed = path.parent.name == STAGING and int(path.stem) not in waiting
             if packed or not self._is_there(name):
                 path.unlink(missing_ok=True)
@@ -316,6 +339,17 @@ def file_of(row: Any) -> str | None:
     return name if name in (picture_name(index), picture_name(index, own_file=False)) else None
 
 
+def progress_names(index: int) -> dict[str, str]:
+    """The files of a picture on its way, by their fields of metadata."""
+    strip = Path(PROGRESS) / picture_name(index)
+    return {"filmstrip": str(strip), "animation": str(strip.with_suffix(".webp"))}
+
+
+def progress_of(row: dict[str, Any]) -> list[str]:
+    """The files of a picture on its way that a line of metadata names, as this module would have written it."""
+    return [name for field, name in progress_names(row["index"]).items() if row.get(field) == name]
+
+
 def is_hidden_of_ours(path: Path) -> bool:
     """Whether it is a hidden file or folder that this module writes, to judge by its name."""
     return path.name == STAGING or HIDDEN.fullmatch(path.name) is not None
@@ -333,6 +367,8 @@ def is_whole(path: Path) -> bool:
         return False
     if path.suffix == ".png":
         return head == b"\x89PNG\r\n\x1a\n" and tail.endswith(b"\0\0\0\0IEND\xaeB`\x82")
+    if path.suffix == ".webp":
+        return head[:4] == b"RIFF" and int.from_bytes(head[4:], "little") + 8 == size
     if path.suffix == ".tar":
         return size > 1024 and size % tarfile.RECORDSIZE == 0 and any(head) and not any(tail)
     footer = int.from_bytes(tail[-8:-4], "little")
@@ -392,6 +428,24 @@ def save_png(path: Path, picture: Image.Image, provenance: str, clear: bool = Tr
     info.add_itxt(MARK, provenance)
     with atomic_write(path, clear) as aside:
         picture.save(aside, "png", pnginfo=info)
+
+
+def draw_filmstrip(frames: Sequence[Image.Image], gap: int = 2) -> Image.Image:
+    """Pictures of one size, side by side."""
+    width, height = frames[0].size
+    strip = Image.new(frames[0].mode, (len(frames) * (width + gap) - gap, height), "white")
+    for i, frame in enumerate(frames):
+        strip.paste(frame, (i * (width + gap), 0))
+    return strip
+
+
+def save_animation(path: Path, frames: Sequence[Image.Image], provenance: str) -> None:
+    """Write an animated WebP, atomically, which stays on its last frame, with how it was made in its XMP field."""
+    first, *others = frames
+    duration = [150] * len(others) + [1500]  # milliseconds
+    with atomic_write(path, clear=False) as aside:
+        first.save(aside, "webp", save_all=True, append_images=others, duration=duration, loop=0, quality=85,
+                   xmp=provenance.encode())  # fmt: skip
 
 
 def _write_tar(path: Path, rows: list[dict[str, Any]], pictures: list[bytes]) -> None:

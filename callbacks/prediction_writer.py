@@ -19,8 +19,10 @@ from clipward.callbacks.gallery import (
     CONFIG_FILE,
     GRID,
     LOCK,
+    METADATA,
     PAGE,
     PER_PICTURE,
+    PROGRESS,
     Gallery,
     Output,
     is_hidden_of_ours,
@@ -28,7 +30,9 @@ from clipward.callbacks.gallery import (
     to_line,
 )
 from clipward.callbacks.gallery_page import write_page
+from clipward.callbacks.progress import Frames, format_rows
 from clipward.callbacks.signals import StopSignals
+from clipward.diffusion.sampling import State
 from clipward.editing import EDIT_FIELDS, Edit, find_changed
 from clipward.errors import InputError, shorten
 from clipward.files import FolderLock, atomic_write, check_writable
@@ -67,6 +71,7 @@ class PredictionWriter(BasePredictionWriter):
         output: a PNG for each picture, or shards.
         shard_size: pictures a shard.
         expected: hashes of weights, by their names in the metadata, which a picture that is made again must have.
+        save_progress: write a filmstrip and an animation of each picture on its way, too.
     """
 
     def __init__(
@@ -77,12 +82,15 @@ class PredictionWriter(BasePredictionWriter):
         output: Output = "files",
         shard_size: int = 1000,
         expected: Mapping[str, str] | None = None,
+        save_progress: bool = False,
     ) -> None:
         super().__init__("batch")
+        if save_progress and output != "files":
+            raise InputError(f"save_progress: got --output {output} beside it, expected files")
         if shard_size < 1:
             raise InputError(f"shard_size: got {shard_size}, expected 1 or more")
         self.save_dir, self.config, self.overwrite = Path(save_dir), config, overwrite
-        self.gallery, self.shard_size = Gallery(self.save_dir, output), shard_size
+        self.gallery, self.shard_size = Gallery(self.save_dir, output, progress=save_progress), shard_size
         self.expected = dict(expected or {})
         self.lock = FolderLock(self.save_dir / LOCK)
         self.signals = StopSignals()
@@ -149,6 +157,9 @@ class PredictionWriter(BasePredictionWriter):
         self.begun = False
         provenance = pl_module.provenance()
         self._check_expected(provenance)
+        candidates = provenance.get("candidates", 1)
+        if self.gallery.progress and candidates > 1:
+            raise InputError(f"save_progress: got --candidates {candidates} beside it, expected 1")
         if trainer.is_global_zero:
             if (self.save_dir / CONFIG_FILE).is_file():
                 self._take_lock()
@@ -203,6 +214,14 @@ class PredictionWriter(BasePredictionWriter):
                     "folder"
                 )
 
+    def on_predict_batch_start(self, trainer: L.Trainer, pl_module: HasSampler, batch: Any, *_: Any) -> None:
+        if self.gallery.progress:
+            self.frames = Frames(len(batch["index"]), len(pl_module.sampler.list_steps(batch["edit"][0])))
+            pl_module.watchers[:] = [*(each for each in pl_module.watchers if each != self._watch), self._watch]
+
+    def _watch(self, state: State) -> None:
+        self.frames.watch(state)
+
     def write_on_batch_end(
         self,
         trainer: L.Trainer,
@@ -231,7 +250,8 @@ class PredictionWriter(BasePredictionWriter):
                     "float32_retries": prediction["float32_retries"][i],
                     **{name: value for name, value in common.items() if name not in prediction["edit"][i]},
                 }
-                self.gallery.add(row, to_picture(prediction["image"][i]))
+                picture = to_picture(prediction["image"][i])
+                self.gallery.add(row, picture, [*self.frames.of[i], picture] if self.gallery.progress else ())
         self.gallery.pack_staged(self.shard_size)
 
     def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
@@ -261,10 +281,15 @@ class PredictionWriter(BasePredictionWriter):
                 write_page(self.gallery)
         finally:
             self.lock.release()
-        which = "all" if shown == count else "the first"
-        print(f"{count} pictures in {self.save_dir}, {which} of them in {self.save_dir / GRID}")
+        which = "all of them" if shown == count else f"the first {shown}"
+        rows = [("pictures", f"{count} in {self.save_dir}")]
         if count:
-            print(f"open {self.save_dir / PAGE} in a browser to look through them")
+            rows.append(("figure", f"{self.save_dir / GRID}, {which}"))
+            rows.append(("page", f"{self.save_dir / PAGE}, to open in a browser"))
+        if self.gallery.progress:
+            rows.append(("progress", f"{self.save_dir / PROGRESS}, filmstrips and animations"))
+        rows.append(("metadata", f"{self.save_dir / METADATA}"))
+        print(format_rows(rows))
 
     def _shown(self) -> Iterator[tuple[Cell, dict[str, Any]]]:
         """Yield the first rows of metadata with their places in the figure: the first seeds and edits by columns."""

@@ -558,6 +558,11 @@ class Sampler:
         found = self.models.similarities(filled, fill_empty_texts([*text, *[text[-1]] * fill])).tolist()
         return [similarity if sentence else None for similarity, sentence in zip(found, text, strict=False)]
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether processes share the network, so that all must take part in what is computed."""
+        return self._any_process is not None
+
     def _in_any_process(self, here: bool) -> bool:
         return here if self._any_process is None else self._any_process(here)
 
@@ -588,6 +593,8 @@ class Sampler:
 
 class HasSampler(Protocol):
     """A module that samples, and says how."""
+
+    watchers: list[Watch]
 
     @property
     def sampler(self) -> Sampler: ...

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from clipward.diffusion.bound import variational_bound
 from clipward.diffusion.denoiser import Parametrisation, add_noise, to_x0, training_target
+from clipward.diffusion.sampling import State
 from clipward.editing import Edit
 from clipward.errors import InputError
 from clipward.files import state_hash
@@ -24,7 +25,7 @@ from clipward.lightning_modules.reproducible import Reproducible
 from clipward.networks.channels import check_shown
 from clipward.networks.sharding import fill, full_state, own_parameters, shard
 from clipward.networks.unet import UNet
-from clipward.sampler import Sampler, SamplingConfig
+from clipward.sampler import Sampler, SamplingConfig, Watch
 from clipward.weights.architecture import Architecture, Weights
 from clipward.weights.load import load_weights, save_weights
 
@@ -124,6 +125,7 @@ class DDPMModule(Reproducible):
         self.ema: EMA | None = None
         self.trained = False  # whether the network has weights from anywhere but chance
         self._provenance: dict[str, Any] | None = None
+        self.watchers: list[Watch] = []  # called after each step of predict and test
         self._quarters: Tensor | None = None  # (2, 4): sums of the losses in each quarter of t, and how many they are
 
     def configure_model(self) -> None:
@@ -309,7 +311,9 @@ class DDPMModule(Reproducible):
                 raise RuntimeError("the network was made in inference mode and can't guide")
             try:
                 request = batch["text"], batch["seed"], batch["guidance_weight"]
-                image, retries = self.sampler.sample_in_chunks(*request, self._shows_progress, edits=batch["edit"])
+                image, retries = self.sampler.sample_in_chunks(
+                    *request, self._shows_progress, self._watch, edits=batch["edit"]
+                )
             except GuidanceError as error:
                 where = {name: values[error.position] for name, values in batch.items()}
                 raise GuidanceError(error.position, f"{error.reason} in request {where}") from error
@@ -320,6 +324,10 @@ class DDPMModule(Reproducible):
                 "edit": [self.sampler.describe(edit) for edit in batch["edit"]],
                 "provenance": self.provenance(),
             }
+
+    def _watch(self, state: State) -> None:
+        for watch in self.watchers:
+            watch(state)
 
     def test_step(self, batch: dict[str, list], batch_idx: int) -> dict[str, Any]:
         return self.predict_step(batch, batch_idx)
@@ -356,7 +364,7 @@ class DDPMModule(Reproducible):
             self.models.load(METHODS[name].guided_by if guided else None)
             if first is not None:
                 self.models.check_texts(filter(None, chain([first], texts)), METHODS[name])
-            if guided and self.sampling.method == AUTO and self.trainer.is_global_zero:
+            if guided and self.sampling.method == AUTO and self.trainer.is_global_zero and stage == "test":
                 print(f"method: {name}, {REASONS[name]}")
             if self.sharded:
                 self.models.shard(self.device_mesh["data_parallel"])

@@ -1,11 +1,14 @@
 """What the docs tell a person to type is understood."""
 
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from clipward.callbacks.gallery import save_png
 from clipward.cli import main
 from clipward.cli.app import parse
 from clipward.cli.help import COMMANDS
@@ -21,6 +24,16 @@ LAUNCHER = r"(?:\w+=\S+ +|srun +|torchrun [^`]*? )*"
 COMMAND = re.compile(
     rf"(?:^[ #$]*|`){LAUNCHER}(?:python +cli\.py|cli\.py|clipward) +((?:{'|'.join(COMMANDS)}) [^`\n]+)", re.MULTILINE
 )
+
+
+RECORD = {"index": 3, "text": "a man", "seed": 1, "guidance_weight": 20.0, "method": "contrastive", "steps": 50}
+RECORD |= {
+    "sampler": "ddpm",
+    "weights": "clipward:faces64",
+    "weights_hash": "0",
+    "precision": "32-true",
+    "device": "cpu",
+}
 
 
 def commands() -> dict[str, str]:
@@ -40,10 +53,15 @@ def test_there_are_commands() -> None:
 
 @pytest.mark.parametrize(("command", "file"), commands().items())
 def test_the_command_is_understood(
-    command: str, file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    command: str, file: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
-    monkeypatch.chdir(ROOT)
     arguments = shlex.split(command, comments=True)
+    monkeypatch.chdir(ROOT)
+    for flag in {"--again", "--vary"} & set(arguments):  # there must be a picture
+        monkeypatch.chdir(tmp_path)
+        picture = tmp_path / arguments[arguments.index(flag) + 1]
+        picture.parent.mkdir(parents=True)
+        save_png(picture, Image.new("RGB", (64, 64)), json.dumps(RECORD))
     if {"-h", "--help"} & set(arguments):
         main(arguments)
     elif arguments[0] == "app":

@@ -43,6 +43,8 @@ SETTINGS = {
     "ddim": "model.sampling.ddim",
     "ddim_eta": "model.sampling.ddim_eta",
     "var_type": "model.sampling.var_type",
+    "class_label": "model.sampling.class_label",
+    "class_weight": "model.sampling.class_weight",
     "clip_denoised": "model.sampling.clip_denoised",
     "batch_multiple": "model.sampling.batch_multiple",
     "precision": "trainer.precision",

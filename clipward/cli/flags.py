@@ -109,6 +109,7 @@ AGAIN_FLAGS = {
 OUTPUT_FLAGS = {
     "output": Flag("files (a PNG for each picture), webdataset or parquet", "KIND", default="files"),
     "shard_size": Flag("pictures in each shard", "N", int, 1000),
+    "save_progress": Flag("also write a filmstrip and an animation of each picture on its way"),
 }
 JUDGE_FLAGS = {
     "judge": Flag(

@@ -143,7 +143,7 @@ COMMANDS = {
                 "--trainer.devices N": "processes; add -c ddp or -c fsdp for more than one",
             },
             "One picture again": own("again", "vary"),
-            "Where to write": own("save_dir", "output", "overwrite", "micro_batch"),
+            "Where to write": own("save_dir", "output", "save_progress", "overwrite", "micro_batch"),
         },
     ),
     "convert": Command(

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from jsonargparse import Namespace
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -30,6 +31,7 @@ from clipward.callbacks.checkpoints import (
 from clipward.callbacks.evaluation import Evaluation
 from clipward.callbacks.gallery import Output
 from clipward.callbacks.prediction_writer import PredictionWriter
+from clipward.callbacks.progress import PredictionProgress
 from clipward.callbacks.signals import MAIN, PATIENCE, Stopped, StopSignals, end_with_main, is_launched, wait_for_main
 from clipward.cli.again import AGAIN, VARY, Again
 from clipward.cli.flags import DEFAULTS, EDIT_FLAGS, FLAGS, MODEL_FLAGS, NUMBER_FLAGS, REQUEST_FLAGS, Flag
@@ -105,7 +107,10 @@ class ClipwardCLI(LightningCLI):
             config.trainer.logger = False
             logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
             # Requests carry their own indices, and know how they are dealt.
-            for beside_the_point in ("Couldn't infer the batch indices", "Your `IterableDataset` has `__len__`"):
+            for beside_the_point in (
+                *("Couldn't infer the batch indices", "Your `IterableDataset` has `__len__`"),
+                r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+            ):
                 warnings.filterwarnings("ignore", beside_the_point)
 
     def _check_model(self, model: Namespace) -> None:
@@ -206,7 +211,13 @@ class ClipwardCLI(LightningCLI):
             if self.subcommand == "predict":
                 text = self._parser("predict").dump(config, skip_unset=False)
                 self.callback = PredictionWriter(
-                    config.save_dir, text, config.overwrite, config.output, config.shard_size, self.again.hashes
+                    config.save_dir,
+                    text,
+                    config.overwrite,
+                    config.output,
+                    config.shard_size,
+                    self.again.hashes,
+                    bool(config.save_progress),
                 )
                 self.requests.done = self.callback.check(self.requests.requests)
                 self.callback.signals.patience = PATIENCE
@@ -238,6 +249,10 @@ class ClipwardCLI(LightningCLI):
             raise InputError(f"trainer: {error}") from error
         if self.callback is not None:
             trainer.callbacks.append(self.callback)
+        if self.subcommand == "predict":
+            bars = [each for each in trainer.callbacks if type(each) is TQDMProgressBar]
+            trainer.callbacks = [each for each in trainer.callbacks if each not in bars]
+            trainer.callbacks.append(PredictionProgress(self.config.predict.save_dir, bool(bars)))
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -346,6 +361,7 @@ def run(command: str, args: Sequence[str]) -> None:
     signals = StopSignals(PATIENCE)
     if command == "predict":
         signals.install()
+        logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     try:
         cli(
             args=arguments,
