@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
@@ -250,7 +250,8 @@ class ClipwardCLI(LightningCLI):
         if self.callback is not None:
             trainer.callbacks.append(self.callback)
         if self.subcommand == "predict":
-            bars = [each for each in trainer.callbacks if type(each) is TQDMProgressBar]
+            standard = (RichProgressBar, TQDMProgressBar)  # Lightning takes the first where rich is installed
+            bars = [each for each in trainer.callbacks if type(each) in standard]
             trainer.callbacks = [each for each in trainer.callbacks if each not in bars]
             trainer.callbacks.append(PredictionProgress(self.config.predict.save_dir, bool(bars)))
         return trainer
