@@ -12,6 +12,7 @@ from importlib import resources
 from typing import Any
 
 from clipward.callbacks.gallery import PAGE, PER_PICTURE, Gallery
+from clipward.editing import EDIT_FIELDS
 from clipward.errors import InputError
 from clipward.files import atomic_write
 
@@ -19,13 +20,7 @@ MOST_PICTURES = 50_000  # of a page, some 5 MB of metadata
 MOST_THUMBNAILS = 500  # of a page of shards, which have no file to show for a picture, some 3 MB
 THUMBNAIL = 160  # pixels
 REQUEST = {"index", "text", "seed", "guidance_weight"}
-EDIT = (
-    "init_image",
-    "strength",
-    "mask",
-    "outpaint",
-    "invert",
-)  # what an unguided picture is made from, beside its seed
+EDIT = tuple(name for name in EDIT_FIELDS if name != "image_prompt")  # what also makes an unguided picture
 
 
 def write_page(gallery: Gallery) -> None:

@@ -84,7 +84,7 @@ class PredictionProgress(L.Callback):
         requests, done = trainer.datamodule.requests, len(trainer.datamodule.done)
         self.sampler, self.total = pl_module.sampler, len(requests) - done if isinstance(requests, Sized) else None
         print(f"{format_rows(describe_run(trainer, pl_module, self.save_dir, self.total, done))}\n", flush=True)
-        self._started, self._drawn, self._told = time.monotonic(), 0, 0
+        self._started, self._drawn, self._printed = time.monotonic(), 0, 0
         if self.shows:
             pl_module.watchers.append(self.watch)
         if self.shows and sys.stderr.isatty():
@@ -138,12 +138,12 @@ class PredictionProgress(L.Callback):
             part, said = (whole.bit_length() if ended else 0), f"{whole} pictures"
         else:
             share = min(1.0, drawn / self.total)
-            part = min(int(PARTS * share + 1e-6), PARTS if ended else PARTS - 1)  # all is told when it is written
+            part = min(int(PARTS * share + 1e-6), PARTS if ended else PARTS - 1)  # 100 % is printed when all is written
             said = f"{share:4.0%}  {whole} of {self.total} pictures"
             said += "" if ended else f", step {number} of {self._steps}"
             said += f", {format_time(elapsed / share - elapsed)} left" if 0 < share < 1 else ""
-        if part > self._told:
-            self._told = part
+        if part > self._printed:
+            self._printed = part
             print(f"{said}, {format_time(elapsed)} gone{similarity}", file=sys.stderr, flush=True)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: Any) -> None:

@@ -103,14 +103,14 @@ class Edit:
         channels, height, width = shape
         left, top, right, bottom = self._margins(height, width)
         inner = height - top - bottom, width - left - right
-        pixels = _read("init_image", self.init_image, inner, channels, told=True).float() / 127.5 - 1
+        pixels = _read("init_image", self.init_image, inner, channels, reports=True).float() / 127.5 - 1
         return F.pad(pixels[None], (left, right, top, bottom), "replicate")[0]
 
     def read_mask(self, shape: Sequence[int]) -> Tensor:
         """(1, H, W) from 0, which stays as it is, to 1, which is drawn anew."""
         _, height, width = shape
         if self.mask is not None:
-            return _read("mask", self.mask, (height, width), 1, told=True).float() / 255
+            return _read("mask", self.mask, (height, width), 1, reports=True).float() / 255
         left, top, right, bottom = self._margins(height, width)
         mask = torch.ones(1, height, width)
         mask[:, top : height - bottom, left : width - right] = 0
@@ -195,16 +195,16 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _read(field: str, source: Any, size: tuple[int, int], channels: int, told: bool = False) -> Tensor:
-    """(channels, *size) in uint8; the first picture of another size is told of.
+def _read(field: str, source: Any, size: tuple[int, int], channels: int, reports: bool = False) -> Tensor:
+    """(channels, *size) in uint8; the first picture of another size is reported where it ``reports``.
 
     Raises:
         InputError: where it can't be read.
     """
     state = _state(source)
     try:
-        if told:
-            _tell_size(field, size, _size(source, state), source)
+        if reports:
+            _report_size(field, size, _size(source, state), source)
         return _decoded(source, state, size, channels)
     except UnreadablePicture as error:
         name = shorten(source) if isinstance(source, str) else "a picture"
@@ -237,15 +237,15 @@ def _hash(source: Source, state: State) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-_told: set[tuple[str, tuple[int, int]]] = set()
+_reported: set[tuple[str, tuple[int, int]]] = set()
 
 
-def _tell_size(field: str, size: tuple[int, int], given: tuple[int, int], source: Source) -> None:
+def _report_size(field: str, size: tuple[int, int], given: tuple[int, int], source: Source) -> None:
     """Say once for each field that a picture, of a ``given`` width and height, is resized to a height and width."""
     (height, width), (wide, high) = size, given
-    if (high, wide) == size or (field, size) in _told:
+    if (high, wide) == size or (field, size) in _reported:
         return
-    _told.add((field, size))
+    _reported.add((field, size))
     if _is_first_process():
         name = shorten(source) if isinstance(source, str) else "the picture"
         what = "" if wide * height == high * width else "its middle is "

@@ -35,15 +35,7 @@ def open_rows(path: str | None, split: str, image_column: str) -> Any:
         rows = _read_parquet(Path(path))
     else:
         rows = load_from_hub(path, "data.path", EXPECTED, split=split)
-    kind = find_column(rows, "image_column", image_column)
-    from datasets import Image
-
-    try:
-        return rows.cast_column(image_column, Image(decode=False))
-    except Exception as error:
-        raise InputError(
-            f"data.image_column: got {shorten(image_column)}, a column of {shorten(kind)}, expected pictures"
-        ) from error
+    return _keep_undecoded(rows, image_column)
 
 
 def open_stream(path: str | None, split: str, image_column: str) -> Any:
@@ -74,10 +66,24 @@ def open_stream(path: str | None, split: str, image_column: str) -> Any:
             ) from error
     else:
         rows = load_from_hub(path, "data.path", STREAMED, split=split, streaming=True)
-    find_column(rows, "image_column", image_column)
+    return _keep_undecoded(rows, image_column).select_columns(image_column)
+
+
+def _keep_undecoded(rows: Any, image_column: str) -> Any:
+    """The rows with their pictures as paths or bytes.
+
+    Raises:
+        InputError: where there is no such column, or it has no pictures.
+    """
+    kind = find_column(rows, "image_column", image_column)
     from datasets import Image
 
-    return rows.select_columns(image_column).cast_column(image_column, Image(decode=False))
+    try:
+        return rows.cast_column(image_column, Image(decode=False))
+    except Exception as error:
+        raise InputError(
+            f"data.image_column: got {shorten(image_column)}, a column of {shorten(kind)}, expected pictures"
+        ) from error
 
 
 def find_column(rows: Any, field: str, column: str) -> str:

@@ -356,7 +356,7 @@ def test_a_run_goes_on_and_notices_a_changed_file(config: str, tmp_path: Path, p
 def test_another_size_is_resized_and_said_once(
     config: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("clipward.editing._told", set())
+    monkeypatch.setattr("clipward.editing._reported", set())
     (tmp_path / "faces").mkdir()
     for i, size in enumerate((24, 32)):
         save_picture(tmp_path / f"faces/{i}.png", size)

@@ -56,7 +56,7 @@ def test_without_a_terminal_there_are_a_few_lines(config: str, tmp_path: Path, c
 
 def test_a_stream_has_lines_without_an_end(config: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     shown = progress.PredictionProgress("x")
-    shown.total, shown._started, shown._told, shown._steps, shown.sampler = None, 0.0, 0, 5, None
+    shown.total, shown._started, shown._printed, shown._steps, shown.sampler = None, 0.0, 0, 5, None
     for count in range(1, 100):
         shown._drawn = count
         shown._show(count, 5, ended=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from clipward.cli.flags import FLAGS, MODEL_FLAGS
-from clipward.editing import PICTURES, find_changed
+from clipward.editing import EDIT_FIELDS, PICTURES, find_changed
 from clipward.errors import InputError, shorten
 
 AGAIN, VARY = "again", "vary"
@@ -53,7 +53,6 @@ SETTINGS = {
     "guidance_weight": "guidance_weight",
     "seed": "seed",
 }
-EDITS = ("init_image", "strength", "mask", "outpaint", "invert", "image_prompt")
 NEEDED = (
     "index",
     "weights",
@@ -201,7 +200,7 @@ def to_settings(record: dict[str, Any], path: Path, field: str) -> dict[str, Any
         if isinstance(known[name], bool) or not isinstance(known[name], int):
             raise InputError(f"{field}: {shorten(path)} has the {name} {shorten(known[name])}, expected a whole number")
     settings = {key: known[name] for name, key in SETTINGS.items() if known.get(name) is not None}
-    settings |= {name: known[name] for name in EDITS if known.get(name) is not None}
+    settings |= {name: known[name] for name in EDIT_FIELDS if known.get(name) is not None}
     settings |= {"trainer.devices": 1, "unguided": False}
     if not record.get("text"):
         settings.pop("text", None)

@@ -152,9 +152,9 @@ def _text(name: str, weights: Weights, source: str, record: Record) -> str:
 def _training(record: Record) -> list[str]:
     if record.step is None:
         return []
-    told = f"Trained for {record.step} steps"
+    trained = f"Trained for {record.step} steps"
     if not record.config:
-        return ["## Training", f"{told}."]
+        return ["## Training", f"{trained}."]
     rows = []
     for key, words in SETTINGS.items():
         value: Any = record.config
@@ -164,7 +164,7 @@ def _training(record: Record) -> list[str]:
             rows.append(f"| {words} | `{str(value).replace('|', chr(92) + '|').replace('`', '')}` |")
     return [
         "## Training",
-        f"{told}, by this command, whose config is in this repository:",
+        f"{trained}, by this command, whose config is in this repository:",
         f"    clipward fit -c {CONFIG_FILE}",
         "\n".join(["| setting | value |", "|---|---|", *rows]),
     ]

@@ -220,10 +220,7 @@ class GuidanceModels:
     def cosines(self, image: Tensor, text: Sequence[str]) -> Tensor:
         """(B, T): the cosine of each picture and each text, averaged over the CLIPs; see :func:`text_cosines`."""
         texts = [self.config.split(each) for each in text]
-        clips = [clip.to(image.device) for clip in self.clips]
-        found = [text_cosines(clip, image, texts) for clip in clips]
-        weighted = [weight * each for weight, each in zip(self.weights, found, strict=True)]
-        return torch.stack(weighted).sum(dim=0) / sum(self.weights)
+        return self._average(lambda clip: text_cosines(clip, image, texts), image.device)
 
     def similarities(self, image: Tensor, text: Sequence[str]) -> Tensor:
         """(B,): the cosine of each picture and its own text, as :meth:`cosines` has it, whatever its neighbours are."""
@@ -239,13 +236,17 @@ class GuidanceModels:
 
     def picture_cosines(self, image: Tensor, edits: Sequence[Edit | None]) -> list[float]:
         """The cosine of each picture and its image prompt, averaged over the CLIPs."""
-        clips = [clip.to(image.device) for clip in self.clips]
-        cosines = [
-            (clip.encode_image(image) * clip.encode_image(read_prompts(clip, edits, image.device))).sum(dim=1)
-            for clip in clips
-        ]
-        weighted = [weight * each for weight, each in zip(self.weights, cosines, strict=True)]
-        return (torch.stack(weighted).sum(dim=0) / sum(self.weights)).tolist()
+
+        def cosines(clip: Clip) -> Tensor:
+            prompts = clip.encode_image(read_prompts(clip, edits, image.device))
+            return (clip.encode_image(image) * prompts).sum(dim=1)
+
+        return self._average(cosines, image.device).tolist()
+
+    def _average(self, measure: Callable[[Clip], Tensor], device: torch.device) -> Tensor:
+        """The mean over the CLIPs, by their weights, of what each of them measures."""
+        found = [weight * measure(clip.to(device)) for clip, weight in zip(self.clips, self.weights, strict=True)]
+        return torch.stack(found).sum(dim=0) / sum(self.weights)
 
     def objectives(
         self,
