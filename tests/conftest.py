@@ -108,6 +108,10 @@ def tiny_trainer(root: Path, **kwargs) -> L.Trainer:
 
 @pytest.fixture
 def config(tmp_path: Path, tiny_weights: Path, tiny_clip: Path) -> str:
+    return write_config(tmp_path, tiny_weights, tiny_clip)
+
+
+def write_config(folder: Path, tiny_weights: Path, tiny_clip: Path) -> str:
     """A config for fit and predict, in the shape of configs/faces.yaml."""
     faces = yaml.safe_load((ROOT / "configs/faces.yaml").read_text())
     model = faces["model"]["init_args"]
@@ -119,11 +123,11 @@ def config(tmp_path: Path, tiny_weights: Path, tiny_clip: Path) -> str:
     faces["data"]["init_args"] |= {"size": 16, "train_count": 32, "val_count": 8, "batch_size": 8}
     trainer = faces["trainer"] | {"max_steps": 4, "val_check_interval": 4, "accelerator": "cpu"}
     trainer |= {"enable_progress_bar": False, "log_every_n_steps": 1}
-    trainer["logger"]["init_args"]["save_dir"] = str(tmp_path / "runs")
+    trainer["logger"]["init_args"]["save_dir"] = str(folder / "runs")
     for callback in trainer["callbacks"]:
         arguments = callback.get("init_args", {})
         arguments |= {name: 4 for name in ("every_n_train_steps", "every_n_steps") if name in arguments}
-    path = tmp_path / "config.yaml"
+    path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(faces | {"trainer": trainer}))
     return str(path)
 

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, metadata
+from conftest import ROOT, metadata, write_config
 from PIL import Image
 
 from clipward.callbacks.checkpoints import last_checkpoint
 from clipward.callbacks.gallery import Gallery
+from clipward.cli import main
 
 REQUESTS = ["--text", "an old man", "a girl", "--guidance_weight", "20", "--n_samples", "3", "--unguided", "false"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -124,10 +125,10 @@ def test_a_killed_predict_makes_what_is_missing_and_nothing_else(config: str, tm
 
 
 def test_fewer_requests_than_processes(config: str, tmp_path: Path) -> None:
-    flags = ["predict", "-c", config, "--n_samples", "2"]
-    finish(start(*flags, "--save_dir", str(tmp_path / "one")))
-    finish(start(*flags, *ddp(3), "--save_dir", str(tmp_path / "three")))
-    same_pictures(tmp_path / "one", tmp_path / "three")
+    flags = ["predict", "-c", config, "--n_samples", "1"]
+    main([*flags, "--save_dir", str(tmp_path / "one")])
+    finish(start(*flags, *ddp(2), "--save_dir", str(tmp_path / "two")))
+    same_pictures(tmp_path / "one", tmp_path / "two")
 
 
 FIT = """
@@ -145,12 +146,20 @@ data:
 """
 
 
-def fit(config: str, runs: Path, *more: str, every: int = 3, **options: str) -> subprocess.Popen:
+def fit_flags(config: str, runs: Path, every: int = 3) -> list[str]:
     """Epochs of 10 batches on one process, 5 on two; every third step a checkpoint, within them and at their ends."""
     second = Path(config).with_name("fit.yaml")
     second.write_text(FIT.replace("EVERY", str(every)))
-    flags = ["fit", "-c", config, "-c", str(second), "--trainer.logger.init_args.save_dir", str(runs)]
-    return start(*flags, *more, **options)
+    return ["fit", "-c", config, "-c", str(second), "--trainer.logger.init_args.save_dir", str(runs)]
+
+
+def fit(config: str, runs: Path, *more: str, every: int = 3, **options: str) -> subprocess.Popen:
+    return start(*fit_flags(config, runs, every), *more, **options)
+
+
+def fit_here(config: str, runs: Path, *more: str) -> None:
+    """The same on one process, without the time that a process of its own takes to start."""
+    main([*fit_flags(config, runs), *more])
 
 
 def state(runs: Path) -> dict[str, torch.Tensor]:
@@ -172,18 +181,28 @@ def same_state(a: Path, b: Path) -> None:
 def test_samples_during_fit_are_drawn_by_all_and_the_same(config: str, tmp_path: Path, tiny_weights: Path) -> None:
     still = ["--weights", str(tiny_weights), "--model.optim.learning_rate", "0", "--trainer.max_steps", "7"]
     sheets = []
-    for processes in (1, 3):
-        runs = tmp_path / str(processes)
-        finish(fit(config, runs, *still, *ddp(processes)))
-        (sheet,) = runs.rglob("samples/*.png")
+    fit_here(config, tmp_path / "one", *still)
+    finish(fit(config, tmp_path / "three", *still, *ddp(3)))
+    for name in ("one", "three"):
+        (sheet,) = (tmp_path / name).rglob("samples/*.png")
         assert sheet.name == "00000007.png"
         sheets.append(pixels(sheet))
     assert np.abs(sheets[0] - sheets[1]).max() <= 2
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path, tiny_clip: Path) -> Path:
+    """The runs of a fit on one process that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    fit_here(write_config(folder, tiny_weights, tiny_clip), folder / "runs")
+    return folder / "runs"
+
+
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_killed_fit_ends_as_one_that_was_not(config: str, tmp_path: Path, processes: int) -> None:
-    finish(fit(config, tmp_path / "whole", *ddp(processes)))
+def test_a_killed_fit_ends_as_one_that_was_not(whole: Path, config: str, tmp_path: Path, processes: int) -> None:
+    if processes > 1:
+        whole = tmp_path / "whole"
+        finish(fit(config, whole, *ddp(processes)))
     stopped = tmp_path / "stopped"
     for step in (3, 12):  # within the first epoch, and after the second or in the third
         process = fit(config, stopped, *ddp(processes), "--ckpt_path", "last")
@@ -193,7 +212,7 @@ def test_a_killed_fit_ends_as_one_that_was_not(config: str, tmp_path: Path, proc
     assert state(stopped)["step"] < 26
     said = finish(fit(config, stopped, *ddp(processes), "--ckpt_path", "last"))
     assert "ckpt_path: " in said
-    same_state(tmp_path / "whole", stopped)
+    same_state(whole, stopped)
 
 
 @pytest.mark.slow
@@ -211,8 +230,10 @@ def test_fit_ends_the_same_however_it_is_started(config: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_sigterm_saves_first(config: str, tmp_path: Path, processes: int) -> None:
-    finish(fit(config, tmp_path / "whole", *ddp(processes)))
+def test_sigterm_saves_first(whole: Path, config: str, tmp_path: Path, processes: int) -> None:
+    if processes > 1:
+        whole = tmp_path / "whole"
+        finish(fit(config, whole, *ddp(processes)))
     stopped = tmp_path / "stopped"
     process = fit(config, stopped, *ddp(processes), every=1000)
     until(lambda: list(stopped.rglob("samples/*.png")), process)  # after step 7
@@ -221,10 +242,10 @@ def test_sigterm_saves_first(config: str, tmp_path: Path, processes: int) -> Non
     assert process.returncode == 128 + signal.SIGTERM, said
     assert 7 <= state(stopped)["step"] < 26
     finish(fit(config, stopped, *ddp(processes), "--ckpt_path", "last"))
-    same_state(tmp_path / "whole", stopped)
+    same_state(whole, stopped)
 
 
-def test_slurms_signal_saves_and_requeues(config: str, tmp_path: Path) -> None:
+def test_slurms_signal_saves_and_requeues(whole: Path, config: str, tmp_path: Path) -> None:
     """A job of one process, with an scontrol that writes down what it is asked."""
     tools, asked = tmp_path / "bin", tmp_path / "asked"
     tools.mkdir()
@@ -233,7 +254,6 @@ def test_slurms_signal_saves_and_requeues(config: str, tmp_path: Path) -> None:
     job = {"NTASKS": "1", "JOB_NAME": "train", "JOB_ID": "77", "LOCALID": "0", "NODEID": "0", "PROCID": "0"}
     job |= {"NTASKS_PER_NODE": "1", "NNODES": "1", "NODELIST": "localhost", "JOB_NODELIST": "localhost"}
     slurm = {f"SLURM_{name}": value for name, value in job.items()} | {"PATH": f"{tools}:{os.environ['PATH']}"}
-    finish(fit(config, tmp_path / "whole"))
     stopped, more = tmp_path / "stopped", ["-c", str(ROOT / "configs/slurm.yaml"), "--ckpt_path", "last"]
     process = fit(config, stopped, *more, every=1000, **slurm)
     until(lambda: list(stopped.rglob("samples/*.png")), process)
@@ -243,7 +263,7 @@ def test_slurms_signal_saves_and_requeues(config: str, tmp_path: Path) -> None:
     assert process.returncode == 128 + signal.SIGTERM
     assert list(stopped.rglob("requeue.ckpt"))
     assert "/checkpoints/" in finish(fit(config, stopped, *more, **slurm))
-    same_state(tmp_path / "whole", stopped)
+    same_state(whole, stopped)
 
 
 SHARDED = ["-c", str(ROOT / "configs/fsdp.yaml"), "--trainer.devices", "2"]
@@ -285,7 +305,7 @@ def test_a_large_clip_is_sharded_too(config: str, tmp_path: Path) -> None:
         "models.shard = lambda *arguments: (print('a CLIP in parts'), shard(*arguments))\nmain()\n"
     )
     flags = ["predict", "-c", config, *REQUESTS, "--method", "mpgd", "--micro_batch", "2"]
-    finish(start(*flags, "--save_dir", str(tmp_path / "one")))
+    main([*flags, "--save_dir", str(tmp_path / "one")])
     said = finish(start(*flags, *SHARDED, "--save_dir", str(tmp_path / "sharded"), program=program))
     assert said.count("a CLIP in parts") == 2
     same_pictures(tmp_path / "one", tmp_path / "sharded")
