@@ -120,7 +120,7 @@ def test_what_is_brushed_becomes_a_mask(studio: Studio, tmp_path: Path) -> None:
 
 def test_without_gradio_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(SystemExit, match=r'error: app: Gradio is not installed; use pip install "clipward\[app\]"$'):
+    with pytest.raises(SystemExit, match=r'error: app: Gradio is not installed; use pip install "gradio>=6\.31,<7"$'):
         main(["app", "--save_dir", str(tmp_path / "x")])
     assert list(tmp_path.iterdir()) == []
 

@@ -336,7 +336,7 @@ def import_gradio() -> Any:
     try:
         import gradio
     except ImportError as error:
-        raise InputError('app: Gradio is not installed; use pip install "clipward[app]"') from error
+        raise InputError('app: Gradio is not installed; use pip install "gradio>=6.31,<7"') from error
     return gradio
 
 

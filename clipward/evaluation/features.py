@@ -53,7 +53,7 @@ def load_extractor(name: str) -> Extractor:
         from torch_fidelity.feature_extractor_dinov2 import FeatureExtractorDinoV2
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:
-        raise InputError(f"features: {name} needs torch-fidelity; use pip install 'clipward[inception]'") from error
+        raise InputError(f"features: {name} needs torch-fidelity; use pip install 'torch-fidelity>=0.4,<1'") from error
     try:
         if name in DINOV2_NAMES:
             return Extractor(FeatureExtractorDinoV2(DINOV2_NAMES[name], ["dinov2"]))
