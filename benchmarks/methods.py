@@ -46,11 +46,19 @@ TEXTS = ROOT / "benchmarks/faces_texts.txt"
 METHODS: dict[str, tuple[str, list[float]]] = {
     "formula as written": ("clip_guidance", [50, 400]),
     "formula as coded": ("clip_guidance_pixel", [50, 400]),
-    "MPGD": ("mpgd", [50, 400]),
-    "GLIDE": ("glide", [3, 10, 20, 80]),
-    "contrastive": ("contrastive", [20, 40, 160, 1280]),
-    "FreeDoM": ("freedom", [1]),
+    "GLIDE": ("glide", [3, 10, 80]),
+    "contrastive": ("contrastive", [20, 160]),
+    "contrastive, ordinary CLIP": ("contrastive_denoised", [80, 640]),
+    "classifier guidance": ("classifier_guidance", [10]),
+    "DPS": ("dps", [1]),
+    "FreeDoM": ("freedom", [1, 8]),
+    "MPGD": ("mpgd", [1, 8]),
+    "DSG": ("dsg", [1, 8]),
+    "Universal Guidance": ("universal", [1]),
+    "LGD-MC": ("lgd_mc", [1]),
     "TFG": ("tfg", [1]),
+    "Polyak": ("polyak", [0.001]),
+    "cutouts": ("cutouts", [1]),
 }
 
 

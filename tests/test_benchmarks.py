@@ -1,16 +1,20 @@
+import io
 import json
 import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from benchmarks.editing import EDITS, draw_mask, measure_seam, seams
 from benchmarks.editing import compare as compare_edits
 from benchmarks.methods import METHODS, compare, select_correct
+from benchmarks.photographs import compare as compare_on_photographs
 from benchmarks.scaling import FIT, PREDICT, measure
-from clipward.datamodules.faces import caption
+from clipward.datamodules.faces import attributes, caption, draw
 from clipward.evaluation.judgements import load_judgements
 from clipward.evaluation.scores import Scores
 from clipward.guidance import methods
@@ -96,3 +100,37 @@ def test_a_seam_is_a_step_at_the_border_alone() -> None:
         picture = Image.fromarray(levels.astype(np.uint8)).convert("RGB")
         assert measure_seam(picture, box) == pytest.approx(expected, abs=0.15)
     assert all(0 < (np.asarray(draw_mask(text)) > 0).mean() < 0.8 for text in EDITS)
+
+
+def test_photographs_are_judged_into_a_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawn faces stand for the photographs, and their models for those of photographs."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("benchmarks.photographs.METHODS", {"contrastive": ("contrastive", [20], True)})
+    rows = []
+    for index in range(90):
+        shown, picture = attributes(3, index), io.BytesIO()
+        draw(3, index).save(picture, "PNG")
+        labels = {"male": shown["gender"] == "man", "young": shown["age"] == "young"}
+        labels |= {"smiling": shown["smile"] == "smiling", "eyeglasses": shown["glasses"] == "with"}
+        hair = {f"{name}_hair": shown["hair"] == name for name in ("black", "brown", "blond")}
+        rows.append({"image": picture.getvalue(), **labels, **hair, "gray_hair": shown["hair"] == "grey"})
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "faces.parquet")
+    (tmp_path / "texts.txt").write_text("a man\na woman with a smile\n")
+    shipped = "clipward:faces64"
+    compare_on_photographs(
+        str(tmp_path / "faces.parquet"),
+        tmp_path / "out",
+        texts=tmp_path / "texts.txt",
+        n_samples=2,
+        weights=shipped,
+        clip=f"{shipped}/clip",
+        noisy_clip=f"{shipped}/noisy_clip",
+        judges=(f"{shipped}/judge.safetensors", f"{shipped}/judge_clip"),
+        reference=(0, 70),
+        unseen=(70, 20),
+        skip_steps=2,
+    )
+    scores = json.loads((tmp_path / "out/report.json").read_text())
+    real = Scores.from_dict(scores["unseen photographs"][0])
+    assert (real.pictures, real.prompt_accuracy, real.guidance_weight) == (4, 1.0, None)
+    assert Scores.from_dict(scores["contrastive"][0]).pictures == 4
