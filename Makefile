@@ -1,10 +1,10 @@
-# `make demo` draws guided pictures with the weights that ship; `make test` runs the tests.
-# Both make the environment in .venv if it is missing.
+# `make demo` draws guided pictures with the weights that ship; `make test` runs the tests; `make docs` builds the
+# documentation's site in build/site. Each makes the environment in .venv if it is missing.
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test lint
+.PHONY: demo test browser docs lint
 .DEFAULT_GOAL := demo
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -20,6 +20,16 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+browser: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m browser
+
+$(VENV)/installed_docs: $(VENV)/installed
+	$(RUN) -m pip install -q -c constraints.txt -e ".[docs]"
+	touch $@
+
+docs: $(VENV)/installed_docs
+	$(RUN) -m mkdocs build --strict
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .

@@ -77,3 +77,18 @@ def test_what_the_docs_show_is_there() -> None:
     for path in DOCS:
         for target in re.findall(r"\]\(([^)#:]+)\)", path.read_text()):
             assert (path.parent / target).exists(), (path, target)
+
+
+def test_the_site_has_every_page_and_refers_to_modules_that_are_there() -> None:
+    """``make docs`` needs mkdocs, which the tests don't have."""
+    settings = (ROOT / "mkdocs.yml").read_text()
+    pages = re.findall(r": ([\w/]+\.md)$", settings[settings.index("\nnav:") :], re.MULTILINE)
+    beside = {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "checkpoints/faces64/README.md"}
+    assert set(pages) == beside | {str(path.relative_to(ROOT / "docs")) for path in ROOT.glob("docs/**/*.md")}
+    assert len(set(pages)) == len(pages)
+    hooks = (ROOT / "docs/hooks.py").read_text()
+    assert all(f'"{page}"' in hooks and (ROOT / page).is_file() for page in beside)
+    references = "".join(path.read_text() for path in ROOT.glob("docs/reference/*.md"))
+    for module in re.findall(r"^::: clipward\.([\w.]+)$", references, re.MULTILINE):
+        path = module.replace(".", "/")
+        assert any((folder / f"{path}.py").is_file() for folder in (ROOT, ROOT / "clipward")), module

@@ -3,14 +3,12 @@
 Every published formula is a shift of a :class:`Prediction`, so the sampler never knows that it is guided. With
 g ≈ ∇ log p(y | ·) and a weight w per image:
 
-============  ====================  ====================  =====================================================
-shift         x0 gains              eps gains             equals
-============  ====================  ====================  =====================================================
-shift_mean    w·σ_t²·g / √ᾱ_s       0                     μ + w·σ_t²·g: CLIP guidance; Dhariwal & Nichol, Alg. 1
-shift_eps     w·(1−ᾱ_t)/√ᾱ_t·g      −w·√(1−ᾱ_t)·g         score addition; Dhariwal & Nichol 2021, Alg. 2
-shift_sample  w·g / √ᾱ_s            0                     x_s + w·g: DPS, FreeDoM, Polyak steps
-shift_x0      w·g                   −w·√(ᾱ_t/(1−ᾱ_t))·g   MPGD (He et al. 2023)
-============  ====================  ====================  =====================================================
+| shift | x0 gains | eps gains | equals |
+|---|---|---|---|
+| ``shift_mean`` | w·σ_t²·g / √ᾱ_s | 0 | μ + w·σ_t²·g: CLIP guidance; Dhariwal & Nichol 2021, Alg. 1 |
+| ``shift_eps`` | w·(1−ᾱ_t)/√ᾱ_t·g | −w·√(1−ᾱ_t)·g | score addition; Dhariwal & Nichol 2021, Alg. 2 |
+| ``shift_sample`` | w·g / √ᾱ_s | 0 | x_s + w·g: DPS, FreeDoM, Polyak steps |
+| ``shift_x0`` | w·g | −w·√(ᾱ_t/(1−ᾱ_t))·g | MPGD (He et al. 2023) |
 
 ``shift_mean`` injects σ_t²·g whatever the update does, and σ_t² is the model's, so DDIM with η = 0 still guides;
 without the fresh noise it guides about twice as hard as at η = 1. Over few steps it guides too little, because the

@@ -201,7 +201,7 @@ def lgd_mc(objectives: Objectives, weight: Tensor) -> list[Guidance]:
 
 @method("step", 1)
 def tfg(objectives: Objectives, weight: Tensor) -> list[Guidance]:
-    """x_s + ρ_t·∇_{x_t} f/√α_t + √ᾱ_s·Σ μ_t·∇_{x̂0} f, f smoothed by one draw (Ye et al. 2024, Alg. 1).
+    """``x_s + ρ_t·∇_{x_t} f/√α_t + √ᾱ_s·Σ μ_t·∇_{x̂0} f``, f smoothed by one draw (Ye et al. 2024, Alg. 1).
 
     With the settings for faces: ρ = 0.5, μ = 8 in four steps, σ = 1, all constant in t.
     """
