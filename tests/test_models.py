@@ -64,6 +64,15 @@ def test_a_contrast_caption_exchanges_one_phrase() -> None:
     assert contrast_captions("a human with reddish hair", [*GROUPS[1], "red"]) == []
 
 
+def test_a_phrase_may_have_several_spellings() -> None:
+    group = ["black hair", "blond hair / blonde hair", "gray hair / grey hair"]
+    assert contrast_captions("a man with grey hair", group) == ["a man with black hair", "a man with blond hair"]
+    assert contrast_captions("black hair", group) == ["blond hair", "gray hair"]
+    assert load_contrasts([group]) == [group]
+    with pytest.raises(InputError, match="contrasts: got"):
+        load_contrasts([["black hair", "gray hair / Black hair"]])
+
+
 def answers(module: DDPMModule, text: list[str], image: torch.Tensor, method: str = "contrastive") -> torch.Tensor:
     module.configure_model()
     objectives = module.models.objectives(METHODS[method], text, None, torch.device("cpu"))

@@ -12,14 +12,21 @@ from clipward.yaml_files import read_yaml
 def contrast_captions(text: str, phrases: Sequence[str]) -> list[str]:
     """What a text says with one of ``phrases`` exchanged for each of the others; nothing where it has none of them.
 
-    Of several it is the longest: in "a man with no glasses" the "no glasses", and not the "glasses".
+    Of several it is the longest: in "a man with no glasses" the "no glasses", and not the "glasses". A phrase may have
+    several spellings, as in "gray hair / grey hair": each is found, and the first is put in.
     """
-    for phrase in sorted(phrases, key=len, reverse=True):
-        pattern = re.compile(rf"\b(?:(a)n? )?{re.escape(phrase)}\b", re.IGNORECASE)
+    spellings = {spelling: phrase for phrase in phrases for spelling in split_spellings(phrase)}
+    for spelling in sorted(spellings, key=len, reverse=True):
+        pattern = re.compile(rf"\b(?:(a)n? )?{re.escape(spelling)}\b", re.IGNORECASE)
         if pattern.search(text):
-            others = [other for other in phrases if other.lower() != phrase.lower()]
+            others = [split_spellings(other)[0] for other in phrases if other != spellings[spelling]]
             return [pattern.sub(partial(_exchanged, other), text) for other in others]
     return []
+
+
+def split_spellings(phrase: str) -> list[str]:
+    """``"gray hair / grey hair"`` -> ``["gray hair", "grey hair"]``."""
+    return [spelling.strip() for spelling in phrase.split(" / ")]
 
 
 def _exchanged(other: str, match: re.Match) -> str:
@@ -48,8 +55,8 @@ def load_contrasts(source: str | Sequence[Sequence[str]]) -> list[list[str]]:
         raise InputError(f"contrasts: got {shorten(groups)}, expected groups such as [[old, young], [man, woman]]")
     for group in groups:
         phrases = list(group) if isinstance(group, Sequence) and not isinstance(group, str) else []
-        texts = {each.strip().lower() for each in phrases if isinstance(each, str) and each.strip()}
-        if len(texts) < max(2, len(phrases)):
+        texts = [text.lower() for each in phrases if isinstance(each, str) for text in split_spellings(each)]
+        if len(phrases) < 2 or len(texts) < len(phrases) or len(set(texts)) < len(texts) or "" in texts:
             raise InputError(
                 f"contrasts: got {shorten(group)}, expected two or more different phrases that exclude each other"
             )
