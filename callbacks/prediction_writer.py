@@ -199,7 +199,7 @@ class PredictionWriter(BasePredictionWriter):
         before = next(self.gallery.rows())
         for name in HASHES:
             there, here = before.get(name), provenance.get(name)
-            if there != here:
+            if here is not None and there != here:  # what is not loaded has no hash, and no part in the pictures
                 raise InputError(
                     f"save_dir: {self.save_dir} holds pictures of other weights ({name}: {there} there, {here} here); "
                     "use another folder"

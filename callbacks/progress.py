@@ -198,7 +198,7 @@ def describe_guidance(sampler: Sampler, made: dict[str, Any], guided: bool) -> I
             yield "away from", made["negative_text"]
     else:
         yield "method", "none, unguided"
-    if made.get("clip") and (made["clip"] != model or not guided):
+    if made.get("clip_hash") and (made["clip"] != model or not guided):
         yield "scored by", made["clip"]
 
 

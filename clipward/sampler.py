@@ -21,7 +21,16 @@ from clipward.diffusion.schedule import Schedule, SkipType, Step, time_travel
 from clipward.diffusion.solvers import SOLVERS, SolverName
 from clipward.editing import Edit, hash_source, list_kinds
 from clipward.errors import InputError
-from clipward.guidance.core import Clamp, Guidance, GuidanceError, GuidanceInterval, GuidedDenoiser, RefuseFlat, rms
+from clipward.guidance.core import (
+    Clamp,
+    Guidance,
+    GuidanceError,
+    GuidanceInterval,
+    GuidedDenoiser,
+    RefuseFlat,
+    SplitDenoiser,
+    rms,
+)
 from clipward.guidance.methods import AUTO, METHODS, Method, MethodName
 from clipward.guidance.models import GuidanceModels, choose_method, fill_empty_texts, has_picture
 from clipward.guidance.objectives import Objectives
@@ -33,6 +42,7 @@ from clipward.weights.architecture import Architecture
 Watch = Callable[[State], None]
 MASK_REPEATS = 4
 INVERSION_PASSES = 3  # of the network for each step of an inversion
+SMALL = 128 * 128  # pixels below which a CPU is faster where it computes several pictures at once
 MOST_INVERSIONS = 64  # kept, since many requests may edit one picture
 
 
@@ -62,9 +72,10 @@ class SamplingConfig:
             the class as the network knows it, in half the time.
         var_type: DDPM's variance, which also scales the mean's shift; by default what the weights were made for.
         clip_denoised: clamp x̂0 to [-1, 1] at every step; by default what the weights were made for.
-        batch_multiple: batches are filled up to a multiple of this. A network rounds differently in batches of other
-            sizes (by 1e-6, measured on a CPU for sizes that 4 does not divide), and strong guidance amplifies that to
-            another picture. 1 saves the memory, and pictures then depend on the micro-batch.
+        batch_multiple: batches are filled up to a multiple of this, and on a CPU the networks see so many pictures at
+            once. A network rounds differently in passes of other sizes (by 1e-6), and guidance amplifies that; so a
+            picture is the same in every batch. By default 4, and on a CPU 1 from 128×128 pixels on, where larger passes
+            are no faster.
     """
 
     method: MethodName = "auto"
@@ -81,7 +92,7 @@ class SamplingConfig:
     class_weight: float = 0.0
     var_type: VarType | None = None
     clip_denoised: bool | None = None
-    batch_multiple: int = 4
+    batch_multiple: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("batch_multiple", "candidates", "repeats"):
@@ -135,6 +146,12 @@ class Sampler:
     @property
     def device(self) -> torch.device:
         return self.network.conv_in.weight.device
+
+    @property
+    def batch_multiple(self) -> int:
+        """``config.batch_multiple``, or what suits the device and the size of the pictures."""
+        alone = self.device.type == "cpu" and math.prod(self.architecture.size) >= SMALL
+        return self.config.batch_multiple or (1 if alone else 4)
 
     @property
     def method_name(self) -> str:
@@ -298,7 +315,7 @@ class Sampler:
         return torch.cat(images), retries
 
     def _halve(self, size: int, error: RuntimeError) -> int:
-        fewest = self.config.batch_multiple
+        fewest = self.batch_multiple
         if size * self.config.candidates <= fewest or size == 1:
             fewer = "" if self.config.candidates == 1 else "fewer --candidates, "
             raise InputError(
@@ -379,15 +396,16 @@ class Sampler:
         steps = self.list_steps(edit)
         with self._sampling():
             start, constrain = self._begin(given, noise)
-            weight = torch.tensor(weights, device=self.device)
-            guided = self._in_any_process(any(weights))
-            objectives = self.models.objectives(self.method, texts, noise, self.device, given) if guided else None
-            denoise = self._guided_denoiser(objectives, weight)
+            objectives = [
+                self._make_objectives(texts[part], seeds[part], weights[part], given[part])
+                for part in self._split(len(seeds))
+            ]
+            denoise = self._make_denoiser(objectives, weights)
             update = self.make_update(edit)
-            if groups and steps and objectives is not None and self.adds_noise(edit):
+            if groups and steps and any(each is not None for each in objectives) and self.adds_noise(edit):
                 followers = [each.follow for each in (denoise, update) if hasattr(each, "follow")]
                 names = [seeds[group.start] for group in groups]
-                log_potential = partial(self._log_potential, objectives, weight)
+                log_potential = partial(self._log_potential, objectives, torch.tensor(weights, device=self.device))
                 update = Resampling(update, log_potential, groups, names, steps, followers)
             image = noise(0) if start is None else start
             states = walk(denoise, steps, update, noise, start, constrain)
@@ -395,11 +413,16 @@ class Sampler:
                 image = state.x
                 if watch is not None:
                     watch(State(state.x[:count], state.x0[:count], state.step))
-        return image[:count].clamp(-1, 1), denoise.retries.expand(len(seeds))[:count].tolist()
+        return image[:count].clamp(-1, 1), denoise.retries[:count].tolist()
 
     def _fill(self, values: Sequence[Any]) -> list[Any]:
         """Fill a batch up to a multiple of ``batch_multiple``."""
-        return [*values, *[values[-1]] * (-len(values) % self.config.batch_multiple)]
+        return [*values, *[values[-1]] * (-len(values) % self.batch_multiple)]
+
+    def _split(self, count: int) -> list[slice]:
+        """The parts of a batch that networks see at once: on a CPU of one size, elsewhere all of it."""
+        size = self.batch_multiple if self.device.type == "cpu" else count
+        return [slice(start, start + size) for start in range(0, count, size)]
 
     @contextmanager
     def _sampling(self) -> Iterator[None]:
@@ -447,7 +470,7 @@ class Sampler:
             noise = self._noise(self._fill([0] * len(missing)))
             images = [edit.read_image(noise.shape) for edit in self._fill(list(missing.values()))]
             image = torch.stack(images).to(self.device)
-            denoise = self._guided_denoiser(None, torch.zeros(len(images), device=self.device))
+            denoise = self._make_denoiser([None] * len(self._split(len(images))), [0.0] * len(images))
             steps = self.list_steps(edits[0], repeats=1)
             up = [step for step in reversed(steps) for _ in range(INVERSION_PASSES)]
             *_, top = walk(denoise, up, Inversion(), noise, image)
@@ -477,17 +500,39 @@ class Sampler:
         return Noise(seed, (self.architecture.unet.image_channels, *self.architecture.size), self.device)
 
     @torch.no_grad()
-    def _log_potential(self, objectives: Objectives, weight: Tensor, x: Tensor, pred: Prediction, step: Step) -> Tensor:
+    def _log_potential(
+        self, objectives: Sequence[Objectives | None], weight: Tensor, x: Tensor, pred: Prediction, step: Step
+    ) -> Tensor:
         """(B,): w·L of x_s for a model that was trained on noisy pictures, else of x̂0 without guidance."""
-        objective = objectives.weigh(objectives.cosine if self.method.unit == "cosine" else objectives.log_likelihood)
         seen = x
         if self.method.guided_by == "clip" and step.s >= 0:
             seen = pred.x0 if pred.unguided_x0 is None else pred.unguided_x0
-        scores = objective(seen, replace(step, t=step.s, alpha_bar_t=step.alpha_bar_s))
+        at = replace(step, t=step.s, alpha_bar_t=step.alpha_bar_s)
+        scores = torch.zeros_like(weight)
+        for part, each in zip(self._split(len(weight)), objectives, strict=True):
+            if each is not None:
+                scores[part] = each.weigh(each.cosine if self.method.unit == "cosine" else each.log_likelihood)(
+                    seen[part], at
+                )
         broken = (weight != 0) & ~torch.isfinite(scores)
         if broken.any():
             raise GuidanceError(int(broken.nonzero()[0]), f"the objective is not finite at t={step.t}")
         return torch.where(weight == 0, 0, weight * scores)
+
+    def _make_objectives(
+        self, text: list[str], seed: list[int | str], weight: list[float], edits: list[Edit | None]
+    ) -> Objectives | None:
+        """What guides one part of a batch; None where nothing does."""
+        if not self._in_any_process(any(weight)):
+            return None
+        return self.models.objectives(self.method, text, self._noise(seed), self.device, edits)
+
+    def _make_denoiser(self, objectives: Sequence[Objectives | None], weight: Sequence[float]) -> SplitDenoiser:
+        """What denoises one picture for each weight, with the objectives of each part of the batch."""
+        parts = self._split(len(weight))
+        weights = torch.tensor(weight, device=self.device)
+        denoisers = [self._guided_denoiser(each, weights[part]) for part, each in zip(parts, objectives, strict=True)]
+        return SplitDenoiser(denoisers, parts[0].stop)
 
     def _guided_denoiser(self, objectives: Objectives | None, weight: Tensor) -> GuidedDenoiser:
         """What denoises one picture for each weight, (B,); without objectives, unguided."""
@@ -553,9 +598,11 @@ class Sampler:
     def _text_similarity(self, image: Tensor, text: Sequence[str]) -> list[float | None]:
         if not self._in_any_process(any(text)) or not self.models.names:
             return [None] * len(text)
-        fill = -len(image) % self.config.batch_multiple
-        filled = torch.cat([image, image[-1:].expand(fill, *image.shape[1:])])  # as the pictures were drawn
-        found = self.models.similarities(filled, fill_empty_texts([*text, *[text[-1]] * fill])).tolist()
+        texts = fill_empty_texts(self._fill(text))
+        filled = torch.cat([image, image[-1:].expand(len(texts) - len(text), *image.shape[1:])])
+        found: list[float] = []
+        for part in self._split(len(texts)):  # as the pictures were drawn
+            found += self.models.similarities(filled[part], texts[part]).tolist()
         return [similarity if sentence else None for similarity, sentence in zip(found, text, strict=False)]
 
     @property
@@ -582,7 +629,7 @@ class Sampler:
             "interval": list(self.interval),
             **({} if config.weight_schedule is None else {"weight_schedule": config.weight_schedule}),
             "skip_type": config.skip_type,
-            "batch_multiple": config.batch_multiple,
+            "batch_multiple": self.batch_multiple,
             "sampler": config.solver or (f"ddim(eta={config.ddim_eta:g})" if config.ddim else "ddpm"),
             **({"ddim_eta": config.ddim_eta} if config.ddim else {}),
             "var_type": self.var_type,

@@ -110,6 +110,10 @@ class PromptDataModule(L.LightningDataModule):
         """The texts of all requests that are guided, each at least once."""
         return self.requests.guiding_texts()
 
+    def has_texts(self) -> bool:
+        """Whether a picture is compared with a text, or with a picture in its place, whatever its weight."""
+        return self.requests.has_texts()
+
     def predict_dataloader(self) -> DataLoader:
         """This process's share of what is not ``done``."""
         return self._loader(self.requests)

@@ -71,6 +71,10 @@ class Product:
         """The texts of all requests that are guided, each at least once."""
         return iter(self.texts if any(self.weights) else ())
 
+    def has_texts(self) -> bool:
+        """Whether a picture is compared with a text, or with a picture in its place."""
+        return bool(self.texts)
+
     def edits(self) -> Iterator[Edit | None]:
         """Those of the requests."""
         return iter(self._edits)
@@ -113,6 +117,13 @@ class Rows:
     def guiding_texts(self) -> Iterator[str]:
         """The texts of all requests that are guided, each at least once."""
         return (text for text, _, weights, _ in self._parts() if any(weights))
+
+    def has_texts(self) -> bool:
+        """Whether a picture is compared with a text, or with a picture in its place."""
+        return any(
+            text or any(edit is not None and edit.image_prompt is not None for edit in edits)
+            for text, _, _, edits in self._parts()
+        )
 
     def edits(self) -> Iterator[Edit | None]:
         """Those of the requests."""

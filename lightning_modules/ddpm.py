@@ -69,6 +69,10 @@ class HasRequests(Protocol):
         """The texts of all requests that are guided, each at least once."""
         ...
 
+    def has_texts(self) -> bool:
+        """Whether a picture is compared with a text, or with a picture in its place, whatever its weight."""
+        ...
+
     def list_kinds(self) -> list[Edit | None]: ...
 
 
@@ -361,7 +365,8 @@ class DDPMModule(Reproducible):
             first = next(texts, None)
             guided = first is not None
             name = choose_method(self.sampling.method, self.models.config)
-            self.models.load(METHODS[name].guided_by if guided else None)
+            if guided or stage == "test" or not isinstance(data, HasRequests) or data.has_texts():
+                self.models.load(METHODS[name].guided_by if guided else None)
             if first is not None:
                 self.models.check_texts(filter(None, chain([first], texts)), METHODS[name])
             if guided and self.sampling.method == AUTO and self.trainer.is_global_zero and stage == "test":

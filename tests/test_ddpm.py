@@ -4,7 +4,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from conftest import TINY_CLIP, TINY_UNET, checkpoint_of, randomise, tiny_faces, tiny_module, tiny_trainer
+from conftest import TINY_CLIP, TINY_UNET, checkpoint_of, randomise, tiny_faces, tiny_module, tiny_trainer, whole_batch
 from lightning.pytorch import seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -329,14 +329,46 @@ def test_a_picture_does_not_depend_on_its_batch(
         module = tiny_module(weights=str(tiny_weights), clip=str(tiny_clip), sampling=sampling)
         data = PromptDataModule(text=["a man", "a girl"], guidance_weight=[50], n_samples=3, micro_batch=micro_batch)
         images.append(predictions(module, data, tmp_path))
-    torch.testing.assert_close(images[0], images[1], atol=1 / 255, rtol=0)
+    assert torch.equal(*images)
 
 
-def test_an_unguided_picture_has_no_similarity_and_needs_no_clip(tmp_path: Path, tiny_weights: Path) -> None:
+@pytest.mark.parametrize(("size", "multiple"), [(16, 4), (128, 1)])
+def test_a_pass_has_as_many_pictures_in_every_batch(tmp_path: Path, tiny_clip: Path, size: int, multiple: int) -> None:
+    """And a lone picture pays for no other one from 128×128 pixels on."""
+    torch.manual_seed(0)
+    module = tiny_module(clip=str(tiny_clip), image_size=size, sampling=SamplingConfig(skip_steps=2))
+    module.configure_model()
+    randomise(module.unet)
+    sizes: set[int] = set()
+    module.unet.register_forward_hook(lambda _, inputs, output: sizes.add(len(output)))
+    sampler = module.sampler
+
+    def draw(count: int) -> torch.Tensor:
+        return sampler.sample_in_chunks(["a man"] * count, list(range(count)), [20.0, 0.0, 30.0, 0.0, 5.0][:count])[0]
+
+    assert torch.equal(draw(5)[:1], draw(1))
+    assert sizes == {multiple}
+    assert sampler.settings()["batch_multiple"] == multiple
+
+
+def test_an_unguided_picture_has_no_similarity_and_needs_no_clip(
+    tmp_path: Path, tiny_weights: Path, tiny_clip: Path
+) -> None:
     module = tiny_module(weights=str(tiny_weights))
     batch = tiny_trainer(tmp_path).predict(module, PromptDataModule(n_samples=2))[0]
     assert batch["clip_similarity"] == [None, None]
     assert batch["provenance"]["clip"] is None
+    rows = [{"text": "", "guidance_weight": 0}, {"text": "a man", "guidance_weight": 0}]
+    for data, loaded in (
+        (PromptDataModule(n_samples=1), False),
+        (PromptDataModule(prompts=rows[:1], n_samples=1), False),
+        (PromptDataModule(prompts=rows, n_samples=1), True),  # the picture is compared with its text
+        (PromptDataModule(text=["a man"], guidance_weight=[0], n_samples=1), True),
+    ):
+        module = tiny_module(weights=str(tiny_weights), clip=str(tiny_clip), sampling=SamplingConfig(skip_steps=1))
+        (batch,) = tiny_trainer(tmp_path).predict(module, data)
+        assert [clip.name for clip in module.models.loaded()] == [str(tiny_clip)] * loaded
+        assert (batch["clip_similarity"][-1] is not None) == loaded == (batch["provenance"]["clip_hash"] is not None)
 
 
 def test_weights_bring_their_own_architecture(tmp_path: Path, tiny_weights: Path) -> None:
@@ -441,6 +473,7 @@ def test_where_memory_runs_out_half_as_many_are_drawn(
 
     forward, room = UNet.forward, 4
     monkeypatch.setattr(UNet, "forward", scarce)
+    monkeypatch.setattr(Sampler, "_split", whole_batch)
     module = tiny_module(weights=str(tiny_weights))
     torch.testing.assert_close(predictions(module, data, tmp_path), atomic_write, atol=1e-5, rtol=0)
     assert list(dict.fromkeys(sizes)) == [16, 8, 4]

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_module
+from conftest import tiny_module, whole_batch
 from test_ddpm import predictions
 from test_guidance import RHO2, SCHEDULE, TAU2, Y, ideal, log_likelihood
 from torch import Tensor
@@ -17,7 +17,7 @@ from clipward.diffusion.schedule import Step, time_travel
 from clipward.diffusion.solvers import SOLVERS
 from clipward.errors import InputError
 from clipward.networks.unet import UNet
-from clipward.sampler import SamplingConfig
+from clipward.sampler import Sampler, SamplingConfig
 
 COUNT = 65536
 WEIGHTS = [1.0, 0.0, 3.0]  # one request each
@@ -132,6 +132,7 @@ def test_a_batch_of_memory_is_shared_by_candidates(
         return forward(self, x, t)
 
     monkeypatch.setattr(UNet, "forward", count)
+    monkeypatch.setattr(Sampler, "_split", whole_batch)
     room = 100
     whole = drawn(tmp_path, tiny_weights, tiny_clip, ["a man"], candidates=4, micro_batch=8)
     assert max(sizes) == 4

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY_UNET, metadata, randomise, tiny_module, tiny_trainer
+from conftest import TINY_UNET, metadata, randomise, tiny_module, tiny_trainer, whole_batch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
@@ -20,7 +20,7 @@ from clipward.diffusion.solvers import SOLVERS, DpmSolver
 from clipward.errors import InputError
 from clipward.guidance.core import Clamp, GuidedDenoiser, shift_eps, shift_mean, shift_x0
 from clipward.networks.unet import UNet
-from clipward.sampler import SamplingConfig
+from clipward.sampler import Sampler, SamplingConfig
 
 PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
@@ -423,6 +423,7 @@ def test_where_memory_runs_out_the_walk_begins_anew(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(self, x, t)
 
+    monkeypatch.setattr(Sampler, "_split", whole_batch)
     monkeypatch.setattr(UNet, "forward", scarce)
     halves, _ = module.sampler.sample_in_chunks(*request)
     assert passes == [8] * 3 + [4] * 10

@@ -280,6 +280,8 @@ class ClipwardCLI(LightningCLI):
 
     def before_predict(self) -> None:
         self.datamodule = self.requests
+        if self.again.hashes.get("clip_hash"):  # the picture is made again with all that its record says
+            self.model.models.load(None)
 
     def predict(self, **kwargs: Any) -> None:
         if next(iter(self.requests.predict_dataloader()), None) is not None:

@@ -105,10 +105,6 @@ class GuidedDenoiser:
             raise GuidanceError(int(broken.nonzero()[0]), reason)
         return pred
 
-    def follow(self, places: Tensor) -> None:
-        """Image i is from now on what image ``places[i]`` was."""
-        self.retries = self.retries.to(places.device)[places]
-
     def _guided(self, x: Tensor, step: Step) -> Prediction:
         needs_graph = any(guidance.needs_graph(step) for guidance in self.guidances)
         x = x.detach().requires_grad_(needs_graph)
@@ -121,6 +117,50 @@ class GuidedDenoiser:
                     unguided = pred if alike else guidance(unguided, x, step)
         x0 = None if unguided is pred else unguided.x0.detach()
         return Prediction(pred.x0.detach(), pred.eps.detach(), pred.variance.detach(), x0)
+
+
+class SplitDenoiser:
+    """Denoisers that each take a few images of a batch.
+
+    A network rounds otherwise in passes of another size. Where all passes have the same size, an image is the same in
+    every batch. The graph of one pass is also given back before the next one is made.
+
+    Args:
+        parts: what denoises the first ``size`` images of a batch, the next ones, and so on.
+        size: images of each.
+    """
+
+    def __init__(self, parts: Sequence[GuidedDenoiser], size: int) -> None:
+        self.parts, self.size = parts, size
+
+    def __call__(self, x: Tensor, step: Step) -> Prediction:
+        found: list[Prediction] = []
+        for part, images in zip(self.parts, x.split(self.size), strict=True):
+            try:
+                found.append(part(images, step))
+            except GuidanceError as error:
+                raise GuidanceError(len(found) * self.size + error.position, error.reason) from error
+        if len(found) == 1:
+            return found[0]
+        x0, eps, variance = (
+            torch.cat(values) if values[0].ndim else values[0]
+            for values in zip(*((each.x0, each.eps, each.variance) for each in found), strict=True)
+        )
+        if all(each.unguided_x0 is None for each in found):
+            return Prediction(x0, eps, variance)
+        unguided = [each.x0 if each.unguided_x0 is None else each.unguided_x0 for each in found]
+        return Prediction(x0, eps, variance, torch.cat(unguided))
+
+    @property
+    def retries(self) -> Tensor:
+        """(B,): for each image, the steps that were computed again."""
+        return torch.cat([part.retries.expand(self.size) for part in self.parts])
+
+    def follow(self, places: Tensor) -> None:
+        """Image i is from now on what image ``places[i]`` was."""
+        retries = self.retries.to(places.device)[places]
+        for part, own in zip(self.parts, retries.split(self.size), strict=True):
+            part.retries = own
 
 
 def _choose(images: Tensor, one: Prediction, other: Prediction) -> Prediction:

@@ -45,8 +45,8 @@ class ClipSimilarity:
         return self.clip.encode_image(image, step.alpha_bar_t if self.noisy else 1.0)
 
     def score(self, features: Tensor) -> Tensor:
-        """(B,) of what :meth:`encode` returns."""
-        return (features * self.text_features).sum(dim=-1)
+        """(B,) of what :meth:`encode` returns, or (V·B,) where that has V views of each image."""
+        return (_by_views(features, self.text_features) * self.text_features).sum(dim=-1).flatten()
 
     def __call__(self, image: Tensor, step: Step) -> Tensor:
         return self.score(self.encode(image, step))
@@ -292,7 +292,8 @@ class Cutouts:
 class Views:
     """The mean of an objective over four views: the picture, its mirror image, and both shifted by a 32nd of a side.
 
-    Something that raises it in all views is in the picture, and not a texture that only fools CLIP.
+    Something that raises it in all views is in the picture, and not a texture that only fools CLIP. All views of a
+    picture are encoded at once, so the objective must score V·B images by its B texts.
     """
 
     def __init__(self, objective: Objective) -> None:
@@ -302,7 +303,7 @@ class Views:
         by = max(1, image.shape[-1] // 32)
         mirrored = image.flip(-1)
         views = [image, mirrored, _moved(image, by), _moved(mirrored, -by)]
-        return torch.stack([self.objective(view, step) for view in views]).mean(dim=0)
+        return self.objective(torch.cat(views), step).unflatten(0, (len(views), -1)).mean(dim=0)
 
 
 def _moved(image: Tensor, by: int) -> Tensor:
@@ -384,15 +385,22 @@ class ContrastiveLogLikelihood:
         return self.score(self.encode(image, step))
 
     def score(self, features: Tensor) -> Tensor:
-        """(B,) of what :meth:`encode` returns."""
-        own = (features * self.own).sum(dim=-1)  # (B,)
-        ahead = (self.others @ features[:, None, :, None]).squeeze(-1) - own[:, None, None]  # (B, groups, captions)
+        """(B,) of what :meth:`encode` returns, or (V·B,) where that has V views of each image."""
+        features = _by_views(features, self.own)
+        own = (features * self.own).sum(dim=-1)  # (V, B)
+        ahead = (self.others @ features[..., None, :, None]).squeeze(-1) - own[..., None, None]
+        ahead = ahead + self.mask  # (V, B, groups, captions)
         # not by log_softmax, whose gradient is rounded to 0 where a picture is 16 logits from its contrast captions
-        answer = -F.softplus((ahead + self.mask).logsumexp(dim=2)).sum(dim=1)
+        answer = -F.softplus(ahead.logsumexp(dim=-1)).sum(dim=-1)
         if self.unwanted is not None:
-            shown = F.softplus(-(ahead + self.mask).flatten(1).logsumexp(dim=1))
+            shown = F.softplus(-ahead.flatten(-2).logsumexp(dim=-1))
             answer = torch.where(self.unwanted, shown, answer)
-        return torch.where(self.alone, own, answer)
+        return torch.where(self.alone, own, answer).flatten()
+
+
+def _by_views(features: Tensor, texts: Tensor) -> Tensor:
+    """(V·B, D) features of V views of each image -> (V, B, D), for (B, D) texts."""
+    return features.unflatten(0, (-1, len(texts)))
 
 
 def _encoded(clip: Clip, text: str, captions: Sequence[str]) -> Tensor:
