@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test browser docs lint
+.PHONY: demo test browser docs lint lock
 .DEFAULT_GOAL := demo
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -35,3 +35,9 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+# the versions of constraints.txt, with the hashes that the package index has of their files
+lock: $(VENV)/installed
+	$(RUN) -m pip install -q uv
+	$(RUN) -m uv pip compile -q pyproject.toml --all-extras -c constraints.txt --generate-hashes --no-header \
+	  --no-annotate --python-version 3.11.5 --python-platform linux -o requirements.lock

@@ -86,6 +86,21 @@ def test_the_hooks_run_the_pinned_ruff() -> None:
     assert f"ruff=={hooks['repos'][0]['rev'].removeprefix('v')}" in (ROOT / "constraints.txt").read_text().splitlines()
 
 
+def test_the_lock_has_the_pinned_versions_with_hashes_and_all_dependencies() -> None:
+    def normalise(name: str) -> str:
+        return re.sub(r"[-_.]+", "-", name).lower()
+
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines())
+    locked = (ROOT / "requirements.lock").read_text()
+    assert "://" not in locked
+    blocks = re.findall(r"^([\w.-]+)==(\S+) ((?:\\\n +--hash=sha256:[0-9a-f]{64} ?)+)$", locked, re.MULTILINE)
+    assert len(blocks) == len(re.findall(r"^\S", locked, re.MULTILINE))
+    assert {name: version for name, version, _ in blocks} == {normalise(name): pin for name, pin in pins.items()}
+    extras = PROJECT["project"]["optional-dependencies"]
+    needed = [*PROJECT["project"]["dependencies"], *(each for extra in extras.values() for each in extra)]
+    assert {normalise(re.split(r"[^\w.-]", each)[0]) for each in needed} <= {name for name, _, _ in blocks}
+
+
 def test_the_wheel_holds_one_package_with_all_that_it_needs(built: Path) -> None:
     with ZipFile(next(built.glob("*.whl"))) as wheel:
         sizes = {entry.filename: entry.file_size for entry in wheel.infolist()}
