@@ -101,7 +101,7 @@ class Edit:
     def read_image(self, shape: Sequence[int]) -> Tensor:
         """(C, H, W) of this shape, in [-1, 1]: the picture that is edited; what lies beside it repeats its border."""
         channels, height, width = shape
-        left, top, right, bottom = self._margins(height, width)
+        left, top, right, bottom = self.margins(height, width)
         inner = height - top - bottom, width - left - right
         pixels = _read("init_image", self.init_image, inner, channels, reports=True).float() / 127.5 - 1
         return F.pad(pixels[None], (left, right, top, bottom), "replicate")[0]
@@ -111,7 +111,7 @@ class Edit:
         _, height, width = shape
         if self.mask is not None:
             return _read("mask", self.mask, (height, width), 1, reports=True).float() / 255
-        left, top, right, bottom = self._margins(height, width)
+        left, top, right, bottom = self.margins(height, width)
         mask = torch.ones(1, height, width)
         mask[:, top : height - bottom, left : width - right] = 0
         return mask
@@ -120,11 +120,22 @@ class Edit:
         """(3, H, W) of this size, in [-1, 1]: the picture that guides."""
         return _read("image_prompt", self.image_prompt, size, 3).float() / 127.5 - 1
 
-    def _margins(self, height: int, width: int) -> list[int]:
-        """Pixels on the left, the top, the right and the bottom of the picture."""
+    def margins(self, height: int, width: int) -> list[int]:
+        """Pixels on the left, the top, the right and the bottom of the picture.
+
+        Raises:
+            InputError: where they are none at all, or leave no pixel for the picture.
+        """
         if self.outpaint is None:
             return [0, 0, 0, 0]
-        return [round(side * share) for side, share in zip((width, height) * 2, self.outpaint, strict=True)]
+        found = [round(side * share) for side, share in zip((width, height) * 2, self.outpaint, strict=True)]
+        left, top, right, bottom = found
+        if not any(found) or left + right >= width or top + bottom >= height:
+            raise InputError(
+                f"outpaint: got {shorten(list(self.outpaint))}, which is {found} pixels of {width}×{height}; expected "
+                "some, and some left for the picture"
+            )
+        return found
 
     def to_record(self) -> dict[str, Any]:
         """What was given, for metadata, with the SHA-256 of each file."""

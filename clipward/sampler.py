@@ -17,10 +17,10 @@ from clipward.diffusion.denoiser import ClassConditional, NetworkDenoiser, Predi
 from clipward.diffusion.particles import Resampling
 from clipward.diffusion.sampling import Constraint, Inversion, KeepKnown, Noise, State, Update, ancestral, ddim
 from clipward.diffusion.sampling import sample as walk
-from clipward.diffusion.schedule import Schedule, SkipType, Step, time_travel
+from clipward.diffusion.schedule import Schedule, Scheduler, SkipType, Step, time_travel
 from clipward.diffusion.solvers import SOLVERS, SolverName
 from clipward.editing import Edit, hash_source, list_kinds
-from clipward.errors import InputError
+from clipward.errors import InputError, shorten
 from clipward.guidance.core import (
     Clamp,
     Guidance,
@@ -29,6 +29,7 @@ from clipward.guidance.core import (
     GuidedDenoiser,
     RefuseFlat,
     SplitDenoiser,
+    is_lost,
     rms,
 )
 from clipward.guidance.methods import AUTO, METHODS, Method, MethodName
@@ -62,10 +63,10 @@ class SamplingConfig:
             exp(w·L) of the guidance weight w and the objective L of the method (Feynman-Kac steering); where steps add
             no noise they are not. Of the last ones, the one that the CLIPs find nearest to its text is kept.
         skip_steps: reverse steps to take.
-        skip_type: how they are spread over the noise levels.
+        skip_type: how they are spread over the noise levels; by default as the weights say, else ``uniform``.
         solver: take the steps of a solver that needs fewer, in place of DDPM's or DDIM's: ``dpmpp_2m``,
             ``sde_dpmpp_2m`` or ``unipc``.
-        ddim: take DDIM's steps in place of DDPM's.
+        ddim: take DDIM's steps, or DDPM's; by default as the weights say, else DDPM's.
         ddim_eta: DDIM's noise, from 0 (none) to 1 (as DDPM).
         class_label: the name or the number of the class of all pictures, for a model of classes; by default any class.
         class_weight: w of classifier-free guidance, (1 + w)·ε(x_t, c) − w·ε(x_t), beside what a text guides; 0 draws
@@ -84,9 +85,9 @@ class SamplingConfig:
     weight_schedule: str | None = None
     candidates: int = 1
     skip_steps: int = 50
-    skip_type: SkipType = "uniform"
+    skip_type: SkipType | None = None
     solver: SolverName | None = None
-    ddim: bool = False
+    ddim: bool | None = None
     ddim_eta: float = 0.0
     class_label: str | int | None = None
     class_weight: float = 0.0
@@ -174,26 +175,49 @@ class Sampler:
 
     def list_steps(self, edit: Edit | None, repeats: int | None = None) -> list[Step]:
         """The steps of a walk: with an init image, those that begin below its strength."""
-        steps = self.schedule.steps(self.config.skip_steps, self.config.skip_type)
+        scheduler = self.scheduler
+        if edit is not None and edit.invert:  # the way back goes through the same levels
+            scheduler = Scheduler("ddim", scheduler.skip_type, scheduler.offset)
+        steps = self.schedule.walk(self.config.skip_steps, scheduler)
         if edit is not None and edit.strength is not None:
             steps = [step for step in steps if step.t < edit.strength * len(self.schedule)]
         return time_travel(steps, repeats or self.repeats(edit))
 
+    @property
+    def scheduler(self) -> Scheduler:
+        """How steps are taken: as the weights say, but for what ``config`` says."""
+        scheduler, config = self.architecture.scheduler, self.config
+        if config.solver is not None or config.ddim is not None:
+            sampler = config.solver or ("ddim" if config.ddim else "ddpm")
+            scheduler = Scheduler(sampler, scheduler.skip_type, scheduler.offset)
+        if config.skip_type is not None:
+            scheduler = replace(scheduler, skip_type=config.skip_type, offset=0, equal_strides=False)
+        return scheduler
+
     def make_update(self, edit: Edit | None = None) -> Update:
-        """What takes the steps of one walk, and may remember them."""
+        """What takes the steps of one walk, and may remember them.
+
+        Raises:
+            InputError: where the weights ask for steps that can't be taken here.
+        """
         if edit is not None and edit.invert:
             return ddim(0.0)
-        if self.config.solver is not None:
-            return SOLVERS[self.config.solver]()
-        return ddim(self.config.ddim_eta) if self.config.ddim else ancestral
+        name = self.scheduler.sampler
+        if name in SOLVERS:
+            return SOLVERS[name]()
+        if name not in ("ddpm", "ddim"):
+            raise InputError(
+                f"weights: got the scheduler {shorten(name)}, whose steps can't be taken here; choose others by "
+                "--solver dpmpp_2m, --ddim or --model.sampling.ddim false"
+            )
+        return ddim(self.config.ddim_eta) if name == "ddim" else ancestral
 
     def adds_noise(self, edit: Edit | None = None) -> bool:
         """Whether steps add noise, without which candidates that were resampled would stay alike."""
         if edit is not None and edit.invert:
             return False
-        if self.config.solver is not None:
-            return self.config.solver == "sde_dpmpp_2m"
-        return not self.config.ddim or self.config.ddim_eta > 0
+        name = self.scheduler.sampler
+        return name in ("ddpm", "sde_dpmpp_2m") or (name == "ddim" and self.config.ddim_eta > 0)
 
     @property
     def var_type(self) -> VarType:
@@ -238,6 +262,8 @@ class Sampler:
         """
         low, high = self._times
         for edit in edits:
+            if edit is not None:
+                edit.margins(*self.architecture.size)
             steps, strength = self.list_steps(edit), None if edit is None else edit.strength
             if strength and not steps:
                 raise InputError(
@@ -261,6 +287,9 @@ class Sampler:
                     f"invert: got {self.config.solver or f'ddim_eta {self.config.ddim_eta:g}'} beside it, expected "
                     "neither a solver nor noise; an inverted picture goes back by DDIM's steps"
                 )
+            self.make_update(edit)
+        if self.config.ddim_eta and self.scheduler.sampler != "ddim":
+            raise InputError(f"ddim_eta: got {self.config.ddim_eta} without DDIM's steps, expected --ddim beside it")
         self._check_class()
         if self.var_type == "learned_range" and not self.architecture.unet.learns_variance:
             raise InputError("var_type: got learned_range, but the network has no variance; use fixed_small")
@@ -408,12 +437,28 @@ class Sampler:
                 log_potential = partial(self._log_potential, objectives, torch.tensor(weights, device=self.device))
                 update = Resampling(update, log_potential, groups, names, steps, followers)
             image = noise(0) if start is None else start
-            states = walk(denoise, steps, update, noise, start, constrain)
+            states = self._walk(denoise, steps, update, noise, start, constrain)
             for state in tqdm(states, total=len(steps), desc="steps", leave=False, disable=not progress):
                 image = state.x
                 if watch is not None:
                     watch(State(state.x[:count], state.x0[:count], state.step))
+        for position, (weight, moved) in enumerate(zip(weights, denoise.moved.tolist(), strict=True)):
+            if steps and weight and not moved:
+                reason = f"{self.method_name} does not guide any of these steps; use more of them"
+                raise GuidanceError(position, reason)
         return image[:count].clamp(-1, 1), denoise.retries[:count].tolist()
+
+    def _walk(self, *walked: Any) -> Iterator[State]:
+        """:func:`clipward.diffusion.sampling.sample`, which ends where a picture is lost.
+
+        Raises:
+            GuidanceError: for the first picture that is not finite, or beyond any picture.
+        """
+        for state in walk(*walked):
+            lost = is_lost(state.x).flatten(1).any(dim=1)
+            if lost.any():
+                raise GuidanceError(int(lost.nonzero()[0]), f"the picture diverges at t={state.step.t}")
+            yield state
 
     def _fill(self, values: Sequence[Any]) -> list[Any]:
         """Fill a batch up to a multiple of ``batch_multiple``."""
@@ -473,8 +518,8 @@ class Sampler:
             denoise = self._make_denoiser([None] * len(self._split(len(images))), [0.0] * len(images))
             steps = self.list_steps(edits[0], repeats=1)
             up = [step for step in reversed(steps) for _ in range(INVERSION_PASSES)]
-            *_, top = walk(denoise, up, Inversion(), noise, image)
-            *_, back = walk(denoise, steps, ddim(0.0), noise, top.x)
+            *_, top = self._walk(denoise, up, Inversion(), noise, image)
+            *_, back = self._walk(denoise, steps, ddim(0.0), noise, top.x)
             errors = rms(back.x - image).flatten().tolist()
             found |= {key: (top.x[i], errors[i]) for i, key in enumerate(missing)}
         self._inversions = dict([*self._inversions.items(), *found.items()][-max(MOST_INVERSIONS, len(found)) :])
@@ -544,7 +589,7 @@ class Sampler:
         guidances: list[Guidance] = []
         place = self.method.clamp if self.clip_denoised else "never"
         if self.clip_denoised:
-            guidances.append(Clamp(None if place == "first" else weight == 0))
+            guidances.append(Clamp(None if place == "first" else weight == 0, self.scheduler.noise_of_clamped))
         if objectives is not None:
             low, high = self._times
             guide, schedule = partial(self.method.guidances, objectives), self.weight_schedule
@@ -554,7 +599,7 @@ class Sampler:
             for guidance in (RefuseFlat(weight), *guides):
                 guidances.append(GuidanceInterval(guidance, low, high))
         if place == "last":
-            guidances.append(Clamp(weight != 0))
+            guidances.append(Clamp(weight != 0, self.scheduler.noise_of_clamped))
         halved = torch.is_autocast_enabled(self.device.type) or self.network.conv_in.weight.dtype != torch.float32
         halved = halved and self._any_process is None  # a sharded network would have to be computed again everywhere
         return GuidedDenoiser(denoise, guidances, self._in_float32 if halved else None)
@@ -618,9 +663,20 @@ class Sampler:
             return {}
         return {"class_label": self.config.class_label, "class_weight": self.config.class_weight}
 
+    def _describe_scheduler(self) -> dict[str, Any]:
+        """Which settings the weights chose, and not a person, where they have a choice of their own."""
+        config = self.config
+        if self.architecture.scheduler == Scheduler():
+            return {}
+        given = {
+            "sampler": config.ddim is not None or config.solver is not None,
+            "skip_type": config.skip_type is not None,
+        }
+        return {"by_weights": [name for name, is_given in given.items() if not is_given]}
+
     def settings(self) -> dict[str, Any]:
         """How pictures are made, for the record."""
-        config = self.config
+        config, scheduler = self.config, self.scheduler
         return {
             "method": self.method_name,
             "steps": config.skip_steps,
@@ -628,10 +684,11 @@ class Sampler:
             "candidates": config.candidates,
             "interval": list(self.interval),
             **({} if config.weight_schedule is None else {"weight_schedule": config.weight_schedule}),
-            "skip_type": config.skip_type,
+            "skip_type": scheduler.skip_type,
             "batch_multiple": self.batch_multiple,
-            "sampler": config.solver or (f"ddim(eta={config.ddim_eta:g})" if config.ddim else "ddpm"),
-            **({"ddim_eta": config.ddim_eta} if config.ddim else {}),
+            "sampler": f"ddim(eta={config.ddim_eta:g})" if scheduler.sampler == "ddim" else scheduler.sampler,
+            **({"ddim_eta": config.ddim_eta} if scheduler.sampler == "ddim" else {}),
+            **self._describe_scheduler(),
             "var_type": self.var_type,
             **self._describe_class(),
             "clip_denoised": self.clip_denoised,
@@ -662,7 +719,13 @@ def free_memory() -> None:
 
 
 def to_picture(image: Tensor) -> Image.Image:
-    """(1, H, W), (3, H, W) or (4, H, W) in [-1, 1] -> a picture in grey (L), RGB or RGBA."""
+    """(1, H, W), (3, H, W) or (4, H, W) in [-1, 1] -> a picture in grey (L), RGB or RGBA.
+
+    Raises:
+        ValueError: where it is not finite.
+    """
     check_shown(len(image))
+    if not torch.isfinite(image).all():
+        raise ValueError("image: got values that are not finite, expected about -1 to 1")
     pixels = ((image.float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return Image.fromarray(pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy())

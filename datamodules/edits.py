@@ -42,8 +42,8 @@ class Edits:
         return self._make({**self.options, **own})
 
     def _make(self, options: Mapping[str, Any]) -> list[Edit | None]:
-        given = {name: value for name, value in options.items() if value is not None}
-        if not any(given.values()) and "strength" not in given:
+        given = {name: value for name, value in options.items() if value is not None and value is not False}
+        if not given:
             return [None]
         init_image = given.get("init_image")
         images = [init_image]

@@ -1,6 +1,5 @@
 """A request: what one picture is made of, and which values are ones."""
 
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from clipward.texts import split_text
 
 FIELDS = ("text", "seed", "guidance_weight", *EDIT_FIELDS)
 MOST_SEED = 2**63 - 1  # parquet has no larger whole numbers
+MOST_WEIGHT = 1e38  # float32 ends at 3.4e38
 # Control characters but white space, a byte order mark, and halves of characters, which no file can hold.
 FAULTY = re.compile("[\x00-\x08\x0e-\x1f\x7f\ufeff\ud800-\udfff]")
 
@@ -94,16 +94,13 @@ def check_weight(value: Any) -> float:
     """A guidance weight.
 
     Raises:
-        InputError: for what is no finite number.
+        InputError: for what is no number of float32.
     """
-    if type(value) is float and math.isfinite(value):
+    if type(value) is float and abs(value) <= MOST_WEIGHT:
         return value
-    try:
-        if isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
-    except OverflowError:  # a whole number that no float can hold
-        pass
-    raise InputError(f"guidance_weight: got {shorten(value)}, expected a finite number")
+    if isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= MOST_WEIGHT:
+        return float(value)
+    raise InputError(f"guidance_weight: got {shorten(value)}, expected a finite number from -1e38 to 1e38")
 
 
 def check_columns(names: Iterable[Any]) -> None:

@@ -14,7 +14,7 @@ from clipward.diffusion.bound import variational_bound
 from clipward.diffusion.denoiser import Parametrisation, add_noise, to_x0, training_target
 from clipward.diffusion.sampling import State
 from clipward.editing import Edit
-from clipward.errors import InputError
+from clipward.errors import InputError, shorten
 from clipward.files import state_hash
 from clipward.guidance.core import GuidanceError
 from clipward.guidance.methods import AUTO, METHODS
@@ -163,6 +163,8 @@ class DDPMModule(Reproducible):
             data = self.trainer.datamodule
             self.sampler.check(data.list_kinds() if isinstance(data, HasRequests) else [None])
             check_shown(self.architecture.unet.image_channels)
+        else:
+            self.sampler.make_update()  # which the weights may ask for in vain
 
     def _take_class_names(self) -> None:
         """Record the names of the data's classes, which the weights are trained on."""
@@ -319,8 +321,8 @@ class DDPMModule(Reproducible):
                     *request, self._shows_progress, self._watch, edits=batch["edit"]
                 )
             except GuidanceError as error:
-                where = {name: values[error.position] for name, values in batch.items()}
-                raise GuidanceError(error.position, f"{error.reason} in request {where}") from error
+                where = ", ".join(f"{name!r}: {shorten(values[error.position])}" for name, values in batch.items())
+                raise GuidanceError(error.position, f"{error.reason} in request {{{where}}}") from error
             return {
                 "image": image,
                 "clip_similarity": self.sampler.clip_similarity(image, batch["text"], batch["edit"]),
@@ -404,9 +406,9 @@ class DDPMModule(Reproducible):
         super().on_load_checkpoint(checkpoint)
         self.configure_model()
         given = Architecture.from_dict(checkpoint["architecture"])
-        if self.architecture.class_names is None and given.class_names is not None:
-            self.architecture = replace(self.architecture, class_names=given.class_names)
-            self.sampler.architecture = self.architecture
+        names = given.class_names if self.architecture.class_names is None else self.architecture.class_names
+        self.architecture = replace(self.architecture, class_names=names, scheduler=given.scheduler)
+        self.sampler.architecture = self.architecture
         difference = given.difference(self.architecture)
         if difference:
             raise InputError(f"ckpt_path: the checkpoint has {difference} as the config; use its own config")

@@ -265,7 +265,7 @@ def test_other_modules_keep_their_names() -> None:
         ("predict --micro_batch lots", "micro_batch: got 'lots', expected a whole number or auto"),
         (
             "predict --skip_type log",
-            "skip_type: got 'log', expected one of uniform, uniform2, quad, trailing, karras, logsnr",
+            "skip_type: got 'log', expected one of uniform, uniform2, leading, quad, trailing, karras, logsnr",
         ),
         ("predict --seed_everything -1", "seed_everything: -1 is not in bounds, numpy accepts from 0 to 4294967295"),
         ("predict --save_dir null", "save_dir: got null, expected a folder"),

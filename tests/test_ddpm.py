@@ -11,8 +11,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from clipward.callbacks.guided_samples import GuidedSamples
 from clipward.datamodules.prompts import PromptDataModule
 from clipward.diffusion.bound import variational_bound
-from clipward.diffusion.denoiser import add_noise, to_x0, training_target
-from clipward.diffusion.schedule import Schedule
+from clipward.diffusion.denoiser import Prediction, add_noise, to_x0, training_target
+from clipward.diffusion.sampling import Draw, ancestral
+from clipward.diffusion.schedule import Schedule, Step
 from clipward.errors import InputError
 from clipward.guidance import core as guidance
 from clipward.guidance.core import GuidanceError
@@ -21,7 +22,7 @@ from clipward.guidance.objectives import ClipSimilarity
 from clipward.lightning_modules.ddpm import DDPMModule, TrainingConfig, min_snr_weight
 from clipward.networks.clip import OPENAI_PREPROCESSING, Clip, new_model, save_folder
 from clipward.networks.unet import UNet
-from clipward.sampler import Sampler, SamplingConfig
+from clipward.sampler import Sampler, SamplingConfig, to_picture
 from clipward.weights.architecture import Architecture, Weights
 from clipward.weights.load import load_weights, save_weights
 
@@ -391,6 +392,41 @@ def test_a_broken_guidance_names_the_request(tmp_path: Path, tiny_weights: Path,
     module.models.clips[0].model.visual.proj.data.zero_()
     with pytest.raises(GuidanceError, match=r"at t=.* in request .*'text': 'a man'.*'seed': 4"):
         tiny_trainer(tmp_path).predict(module, PromptDataModule(text=["a man"], seed=4, n_samples=1))
+
+
+@pytest.mark.parametrize(
+    ("method", "precision"),
+    [*((name, "32-true") for name in METHODS), ("contrastive", "bf16-mixed"), ("universal", "16-mixed")],
+)
+def test_a_weight_beyond_all_measure_gives_no_picture_of_black_and_white(
+    method: str, precision: str, tmp_path: Path, tiny_weights: Path, tiny_clip: Path, noisy_clip: str, classifier: str
+) -> None:
+    models = {"clip": str(tiny_clip), "noisy_clip": noisy_clip, "classifier": classifier, "contrasts": "faces"}
+    sampling = SamplingConfig(method=method, skip_steps=1, repeats=1, interval=(0, 1))
+    module = tiny_module(weights=str(tiny_weights), sampling=sampling, **models)
+    requests = PromptDataModule(text=["an old man"], guidance_weight=[1e38], n_samples=1, unguided=False)
+    trainer = tiny_trainer(tmp_path, precision=precision)
+    # what guides by the noise of a step does not guide the last one, which has none
+    with pytest.raises(GuidanceError, match=r"far too large|diverges|does not guide any of these steps"):
+        trainer.predict(module, requests)
+
+
+def test_a_walk_that_diverges_is_an_error_at_its_last_step_too(
+    tmp_path: Path, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverging(x: torch.Tensor, pred: Prediction, step: Step, draw: Draw) -> torch.Tensor:
+        return ancestral(x, pred, step, draw) * (float("inf") if step.s == -1 else 1)
+
+    module = tiny_module(weights=str(tiny_weights), sampling=SamplingConfig(skip_steps=2))
+    monkeypatch.setattr(Sampler, "make_update", lambda self, edit=None: diverging)
+    with pytest.raises(GuidanceError, match="the picture diverges at t=0 in request"):
+        tiny_trainer(tmp_path).predict(module, PromptDataModule(n_samples=1))
+
+
+def test_what_is_not_finite_is_no_picture() -> None:
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="not finite"):
+            to_picture(torch.full((3, 2, 2), value))
 
 
 def test_default_weights_serve_predict_and_not_fit(tmp_path: Path, tiny_weights: Path) -> None:

@@ -5,6 +5,7 @@ x0 | y ~ N(y·τ²/(τ²+ρ²), τ²ρ²/(τ²+ρ²)) are all in closed form.
 """
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -234,11 +235,51 @@ def test_no_guidance_is_the_denoiser_itself_and_keeps_no_graph() -> None:
 def test_a_guidance_that_does_nothing_is_an_error_that_says_where(objective) -> None:
     x, step = torch.randn(2, 1, 4, 4), SCHEDULE.step(400, 380)
     denoise = GuidedDenoiser(ideal, [GradientGuidance(objective, torch.ones(2), grad_denoised, shift_mean)])
-    with pytest.raises(GuidanceError, match="no gradient, or one that is not finite, at t=400") as raised:
+    with pytest.raises(
+        GuidanceError, match="no gradient, or one that is not finite or far too large, at t=400"
+    ) as raised:
         denoise(x, step)
     assert raised.value.position == 1
     # an image that asked for no guidance may have any gradient
     GuidedDenoiser(ideal, [GradientGuidance(objective, torch.tensor([1.0, 0.0]), grad_denoised, shift_mean)])(x, step)
+
+
+@pytest.mark.parametrize("size", [1e8, 1e30, float("inf"), float("nan")])
+@pytest.mark.parametrize("field", ["x0", "eps"])
+def test_a_prediction_beyond_any_picture_is_an_error_and_no_clamp_hides_it(field: str, size: float) -> None:
+    """Of two images, the second is moved by a large number, before a clamp that would make it black and white."""
+    x, step = torch.randn(2, 1, 4, 4), SCHEDULE.step(400, 380)
+
+    @dataclass
+    class Move:
+        weight: float
+
+        def needs_graph(self, step: Step) -> bool:
+            return False
+
+        def __call__(self, pred: Prediction, x: torch.Tensor, step: Step) -> Prediction:
+            move = torch.tensor([0.0, self.weight])[:, None, None, None]
+            return pred._replace(**{field: getattr(pred, field) + move})
+
+    for guidances in ([Move(size)], [Move(size), Clamp()] if field == "x0" else [Clamp(), Move(size)]):
+        with pytest.raises(GuidanceError, match="far too large, at t=400") as raised:
+            GuidedDenoiser(ideal, guidances)(x, step)
+        assert raised.value.position == 1
+    GuidedDenoiser(ideal, [Move(1e3), Clamp()])(x, step)
+
+    def broken(x: torch.Tensor, step: Step) -> Prediction:
+        return Move(size)(ideal(x, step), x, step)
+
+    with pytest.raises(GuidanceError, match="the network's prediction is not finite at t=400"):
+        GuidedDenoiser(broken, [Clamp()] if field == "x0" else [])(x, step)
+
+
+def test_a_limit_does_not_turn_a_gradient_that_overflows_into_none() -> None:
+    x, step = torch.randn(2, 1, 4, 4), SCHEDULE.step(400, 380)
+    guidance = GradientGuidance(log_likelihood, torch.tensor([1.0, 3e38]), grad_denoised, shift_eps, limit=1.0)
+    with pytest.raises(GuidanceError, match="far too large") as raised:
+        GuidedDenoiser(ideal, [guidance])(x, step)
+    assert raised.value.position == 1
 
 
 def test_a_flat_picture_is_an_error_that_says_where() -> None:

@@ -109,7 +109,7 @@ def test_time_travel_goes_back_up_and_ends_at_the_data() -> None:
         (1001, "uniform", "skip_steps: got 1001, expected 1 to 1000"),
         (801, "quad", "skip_steps: got 801, expected at most 800 for skip_type quad"),
         (1001, "karras", "skip_steps: got 1001, expected 1 to 1000"),
-        (5, "log", "skip_type: got 'log', expected one of uniform, uniform2, quad, trailing, karras, logsnr"),
+        (5, "log", "skip_type: got 'log', expected one of uniform, uniform2, leading, quad, trailing, karras, logsnr"),
     ],
 )
 def test_bad_steps_are_refused(n: int, skip_type: str, message: str) -> None:

@@ -186,12 +186,16 @@ def to_settings(record: dict[str, Any], path: Path, field: str) -> dict[str, Any
         InputError: where the record has a value that no setting has.
     """
     known = dict(record)
-    sampler = record["sampler"]
+    sampler, by_weights = record["sampler"], record.get("by_weights")
     eta = DDIM.fullmatch(str(sampler))
     if eta:
         known = {"ddim_eta": eta[1], **known, "ddim": True}
     elif sampler != "ddpm":
         known["solver"] = sampler
+    elif by_weights is not None:
+        known["ddim"] = False
+    if isinstance(by_weights, list):
+        known |= {"ddim" if name == "sampler" else "skip_type": None for name in by_weights}
     if "clips" in record:  # several
         known["clip"] = record["clips"]
     device = record["device"]

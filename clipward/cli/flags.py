@@ -47,7 +47,7 @@ MODEL_FLAGS = {
     "candidates": Flag("draw so many pictures for each text, and keep the best match", "N", sets="sampling.candidates"),
     "skip_steps": Flag("steps from noise to picture", "N", sets="sampling.skip_steps"),
     "skip_type": Flag(
-        "how the steps are spread: uniform, uniform2, quad, trailing, karras or logsnr",
+        "how steps are spread: uniform, uniform2, leading, trailing, quad, karras, logsnr",
         "NAME",
         sets="sampling.skip_type",
     ),

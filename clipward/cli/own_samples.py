@@ -26,7 +26,7 @@ def draw_own_samples(trainer: L.Trainer, weights: str | None, data: OwnSamplesDa
     """
     if weights is None:
         raise InputError("weights: got none, expected a diffusion model to draw samples from, or --data.path PICTURES")
-    settings = {"skip_steps": data.skip_steps, "ddim": True}
+    settings: dict[str, Any] = {"skip_steps": data.skip_steps, "ddim": True}
     made_by: dict[str, Any] = {"weights": weights, "seed": data.seed, "unguided": True, "sampling": settings}
     writer: Any = PredictionWriter(str(data.samples_dir), yaml.safe_dump(made_by))
     requests = PromptDataModule(n_samples=data.samples, seed=data.seed, micro_batch=data.micro_batch)

@@ -127,4 +127,5 @@ class NetworkDenoiser:
         if learned is None:
             raise InputError("var_type: got learned_range, but the network has no variance; use fixed_small")
         small = x.new_tensor(step.posterior_variance or step.variance_floor)
-        return learned_log_variance(learned, small, x.new_tensor(step.beta)).exp()
+        large = x.new_tensor(step.beta or step.variance_floor)  # no noise is left in a step that stays at ᾱ_0
+        return learned_log_variance(learned, small, large).exp()

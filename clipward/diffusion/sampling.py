@@ -126,7 +126,9 @@ class KeepKnown:
         self.image, self.until, self.num_timesteps, self.noise = image, until, num_timesteps, noise
 
     def __call__(self, x: Tensor, step: Step) -> Tensor:
-        known = add_noise(self.image, self.noise(f"known/{step.number}"), step.alpha_bar_s)
+        known = self.image
+        if step.s >= 0:
+            known = add_noise(known, self.noise(f"known/{step.number}"), step.alpha_bar_s)
         return torch.where(self.until <= (step.s + 1) / self.num_timesteps, known, x)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clipward.errors import InputError
 
-SkipType = Literal["uniform", "uniform2", "quad", "trailing", "karras", "logsnr"]
+SkipType = Literal["uniform", "uniform2", "leading", "quad", "trailing", "karras", "logsnr"]
 ScheduleName = Literal["linear", "scaled_linear", "cosine"]
 Betas = tuple[float, float]
 
@@ -62,6 +62,36 @@ class Step:
     def posterior_variance(self) -> float:
         """:func:`posterior_variance`, "fixed_small"."""
         return posterior_variance(self.alpha_bar_t, self.alpha_bar_s)
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    """How steps are taken by default, as the file that has the weights says.
+
+    All of it is diffusers': a folder's ``scheduler_config.json``. The settings of a person come first.
+
+    Args:
+        sampler: ``ddpm``, ``ddim``, or the name of a class whose steps can't be taken here.
+        skip_type: how the steps are spread.
+        offset: added to each t of ``leading``.
+        equal_strides: every step goes ⌊T/n⌋ down, wherever the next one begins, as DDIM's there do.
+        to_data: the last step ends at data, where ᾱ is 1, and not at ᾱ_0.
+        noise_of_clamped: where x̂0 is clamped, the noise is that of the clamped x̂0, and not what the network predicted.
+
+    Raises:
+        InputError: where a number is out of its range.
+    """
+
+    sampler: str = "ddpm"
+    skip_type: SkipType = "uniform"
+    offset: int = 0
+    equal_strides: bool = False
+    to_data: bool = True
+    noise_of_clamped: bool = True
+
+    def __post_init__(self) -> None:
+        if self.offset < 0:
+            raise InputError(f"steps_offset: got {self.offset}, expected 0 or more")
 
 
 class Schedule:
@@ -112,35 +142,54 @@ class Schedule:
     def steps(self, n: int, skip_type: SkipType = "uniform") -> list[Step]:
         """Exactly ``n`` steps from noise to data.
 
-        ``uniform`` visits ⌊i·T/n⌋, ``uniform2`` spaces the steps from T−1 to 0 evenly, ``quad`` squares an even
-        spacing of [0, √(0.8·T)] and so spends most steps near the data, none above 0.8·T. ``trailing`` counts down
-        from T−1 by T/n (Lin et al. 2024). Two go from T−1 to 0: ``karras`` in even steps of e^(−λ/7) (Karras et al.
-        2022, eq. 5), and ``logsnr`` in even steps of λ (Lu et al. 2022). Both round to the nearest t, or where that
-        is taken to the nearest that is free.
+        ``uniform`` visits ⌊i·T/n⌋, ``leading`` i·⌊T/n⌋, ``uniform2`` spaces the steps from T−1 to 0 evenly, ``quad``
+        squares an even spacing of [0, √(0.8·T)] and so spends most steps near the data, none above 0.8·T. ``trailing``
+        counts down from T−1 by T/n (Lin et al. 2024). Two go from T−1 to 0: ``karras`` in even steps of e^(−λ/7)
+        (Karras et al. 2022, eq. 5), and ``logsnr`` in even steps of λ (Lu et al. 2022). Both round to the nearest t, or
+        where that is taken to the nearest that is free.
         """
+        return self.walk(n, Scheduler(skip_type=skip_type))
+
+    def walk(self, n: int, scheduler: Scheduler) -> list[Step]:
+        """Exactly ``n`` steps from noise to data, as ``scheduler`` says; see :meth:`steps`."""
+        times = self._times(n, scheduler.skip_type)
+        if scheduler.skip_type == "leading":
+            times = [t + scheduler.offset for t in times]
+            if times[-1] >= len(self):
+                raise InputError(
+                    f"skip_steps: got {n}, expected fewer, since the weights add {scheduler.offset} to each t"
+                )
+        times = times[::-1]
+        ends = [max(t - len(self) // n, -1) for t in times] if scheduler.equal_strides else [*times[1:], -1]
+        steps = [self.step(t, s) for t, s in zip(times, ends, strict=True)]
+        if not scheduler.to_data:
+            first = self.alpha_bar[0].item()
+            steps = [replace(step, alpha_bar_s=first) if step.s == -1 else step for step in steps]
+        if n > 1:
+            steps[-1] = replace(steps[-1], variance_floor=steps[-2].posterior_variance)
+        return steps
+
+    def _times(self, n: int, skip_type: SkipType) -> list[int]:
+        """Where ``n`` steps begin, from the lowest t to the highest."""
         num = len(self)
         if not 1 <= n <= num:
             raise InputError(f"skip_steps: got {n}, expected 1 to {num}")
         if skip_type == "uniform":
-            times = [i * num // n for i in range(n)]
-        elif skip_type == "uniform2":
-            times = [round(i * (num - 1) / max(n - 1, 1)) for i in range(n)] if n > 1 else [num - 1]
-        elif skip_type == "quad":
+            return [i * num // n for i in range(n)]
+        if skip_type == "leading":
+            return [i * (num // n) for i in range(n)]
+        if skip_type == "uniform2":
+            return [round(i * (num - 1) / max(n - 1, 1)) for i in range(n)] if n > 1 else [num - 1]
+        if skip_type == "quad":
             top = math.sqrt(0.8 * num)
             if n > top**2:
                 raise InputError(f"skip_steps: got {n}, expected at most {int(top**2)} for skip_type quad")
-            times = [max(i, int((top * i / max(n - 1, 1)) ** 2)) for i in range(n)] if n > 1 else [int(top**2)]
-        elif skip_type == "trailing":
-            times = [round(num - i * (num / n)) - 1 for i in reversed(range(n))]
-        elif skip_type in ("karras", "logsnr"):
-            times = self._times_by_noise(n, skip_type)
-        else:
-            raise InputError(f"skip_type: got {skip_type!r}, expected one of {', '.join(get_args(SkipType))}")
-        times = times[::-1]
-        steps = [self.step(t, s) for t, s in zip(times, [*times[1:], -1], strict=True)]
-        if n > 1:
-            steps[-1] = replace(steps[-1], variance_floor=steps[-2].posterior_variance)
-        return steps
+            return [max(i, int((top * i / max(n - 1, 1)) ** 2)) for i in range(n)] if n > 1 else [int(top**2)]
+        if skip_type == "trailing":
+            return [round(num - i * (num / n)) - 1 for i in reversed(range(n))]
+        if skip_type in ("karras", "logsnr"):
+            return self._times_by_noise(n, skip_type)
+        raise InputError(f"skip_type: got {skip_type!r}, expected one of {', '.join(get_args(SkipType))}")
 
     def _times_by_noise(self, n: int, skip_type: SkipType) -> list[int]:
         """From 0 to T−1 at even distances of e^(−λ/7) or of λ, rounded to times that differ."""

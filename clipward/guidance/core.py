@@ -27,6 +27,7 @@ from clipward.diffusion.denoiser import Denoiser, Prediction, to_eps
 from clipward.diffusion.schedule import Step
 
 FLAT = 0.01  # standard deviation of a picture in [-1, 1] in which nothing can be seen
+LOST = 2.0**24  # from here on, neighbouring float32 numbers lie as far apart as black and white
 
 
 class Objective(Protocol):
@@ -52,7 +53,7 @@ class Guidance(Protocol):
 
 
 class GuidanceError(RuntimeError):
-    """A guidance that does nothing, or whose gradient is not finite.
+    """A guidance that does nothing, or a picture that diverges.
 
     Attributes:
         position: of the image in its batch.
@@ -77,9 +78,10 @@ class GuidedDenoiser:
 
     Attributes:
         retries: for each image, the steps that were computed again.
+        moved: for each image, whether guidance has changed any prediction.
 
     Raises:
-        GuidanceError: when called, where an image's prediction is not finite.
+        GuidanceError: when called, where an image's prediction is not finite, or beyond any picture.
     """
 
     def __init__(
@@ -90,19 +92,22 @@ class GuidedDenoiser:
     ) -> None:
         self.denoise, self.guidances, self.in_float32 = denoise, tuple(guidances), in_float32
         self.retries = torch.zeros(1, dtype=torch.long)
+        self.moved = torch.zeros(1, dtype=torch.bool)
 
     def __call__(self, x: Tensor, step: Step) -> Prediction:
         pred = self._guided(x, step)
-        broken = _broken(pred)
+        broken = _broken(pred, step)
         self.retries = self.retries.to(broken.device) + broken
         if self.in_float32 is not None and broken.any():
             with self.in_float32():
                 again = self._guided(x, step)
             pred = _choose(broken, again, pred)
-            broken = _broken(pred)
+            broken = _broken(pred, step)
         if broken.any():
-            reason = f"the guidance has no gradient, or one that is not finite, at t={step.t}"
-            raise GuidanceError(int(broken.nonzero()[0]), reason)
+            guided = any(not isinstance(guidance, Clamp) for guidance in self.guidances)
+            reason = "the guidance has no gradient, or one that is not finite or far too large,"
+            reason = reason if guided else "the network's prediction is not finite"
+            raise GuidanceError(int(broken.nonzero()[0]), f"{reason} at t={step.t}")
         return pred
 
     def _guided(self, x: Tensor, step: Step) -> Prediction:
@@ -115,8 +120,12 @@ class GuidedDenoiser:
                 pred = guidance(pred, x, step)
                 if isinstance(guidance, Clamp):
                     unguided = pred if alike else guidance(unguided, x, step)
-        x0 = None if unguided is pred else unguided.x0.detach()
-        return Prediction(pred.x0.detach(), pred.eps.detach(), pred.variance.detach(), x0)
+        found = Prediction(pred.x0.detach(), pred.eps.detach(), pred.variance.detach())
+        if unguided is pred:
+            return found
+        changed = (found.x0 != unguided.x0.detach()) | (found.eps != unguided.eps.detach())
+        self.moved = self.moved.to(changed.device) | changed.flatten(1).any(dim=1)
+        return found._replace(unguided_x0=unguided.x0.detach())
 
 
 class SplitDenoiser:
@@ -156,11 +165,16 @@ class SplitDenoiser:
         """(B,): for each image, the steps that were computed again."""
         return torch.cat([part.retries.expand(self.size) for part in self.parts])
 
+    @property
+    def moved(self) -> Tensor:
+        """(B,): for each image, whether guidance has changed any prediction."""
+        return torch.cat([part.moved.expand(self.size) for part in self.parts])
+
     def follow(self, places: Tensor) -> None:
         """Image i is from now on what image ``places[i]`` was."""
-        retries = self.retries.to(places.device)[places]
-        for part, own in zip(self.parts, retries.split(self.size), strict=True):
-            part.retries = own
+        retries, moved = (values.to(places.device)[places].split(self.size) for values in (self.retries, self.moved))
+        for part, own, own_moved in zip(self.parts, retries, moved, strict=True):
+            part.retries, part.moved = own, own_moved
 
 
 def _choose(images: Tensor, one: Prediction, other: Prediction) -> Prediction:
@@ -172,29 +186,36 @@ def _choose(images: Tensor, one: Prediction, other: Prediction) -> Prediction:
     return Prediction(x0, eps, variance, torch.where(chosen, one.unguided_x0, other.unguided_x0))
 
 
-def _broken(pred: Prediction) -> Tensor:
-    """(B,): whether an image's prediction is not finite."""
-    return ~torch.isfinite(pred.x0.flatten(1).sum(dim=1) + pred.eps.flatten(1).sum(dim=1))
+def is_lost(x: Tensor) -> Tensor:
+    """Where numbers of the size of x_t, which is about 1, are NaN, infinite or so large that nothing of x_t is left."""
+    return ~(x.abs() < LOST)
+
+
+def _broken(pred: Prediction, step: Step) -> Tensor:
+    """(B,): whether an image's prediction is lost. Of x_t, it has √ᾱ_t·x̂0 and √(1−ᾱ_t)·ε̂."""
+    lost = is_lost(step.alpha_bar_t**0.5 * pred.x0) | is_lost((1 - step.alpha_bar_t) ** 0.5 * pred.eps)
+    return (lost | ~torch.isfinite(pred.variance)).flatten(1).any(dim=1)
 
 
 class Clamp:
-    """Clamp x̂0 to [-1, 1] and keep eps consistent with it, as guided-diffusion does.
+    """Clamp x̂0 to [-1, 1], and keep eps consistent with it, as guided-diffusion does.
 
-    What it saturates has no gradient further down the list.
+    What it saturates has no gradient further down the list. What is lost becomes NaN, and not white or black.
 
     Args:
         images: (B,) whose x̂0 is clamped; all by default.
+        change_noise: whether eps becomes consistent with the clamped x̂0.
     """
 
-    def __init__(self, images: Tensor | None = None) -> None:
-        self.images = images
+    def __init__(self, images: Tensor | None = None, change_noise: bool = True) -> None:
+        self.images, self.change_noise = images, change_noise
 
     def needs_graph(self, step: Step) -> bool:
         return False
 
     def __call__(self, pred: Prediction, x: Tensor, step: Step) -> Prediction:
-        x0 = pred.x0.clamp(-1, 1)
-        eps = to_eps(x0, x, step.alpha_bar_t)
+        x0 = torch.where(is_lost(step.alpha_bar_t**0.5 * pred.x0), torch.nan, pred.x0.clamp(-1, 1))
+        eps = to_eps(x0, x, step.alpha_bar_t) if self.change_noise else pred.eps
         if self.images is not None:
             chosen = self.images[:, None, None, None]
             x0, eps = torch.where(chosen, x0, pred.x0), torch.where(chosen, eps, pred.eps)
@@ -370,7 +391,8 @@ class GradientGuidance(Generic[AnyObjective]):
         direction = self.weight[:, None, None, None] * scale * g
         if self.limit is not None:
             move = rms(direction) * ((1 - step.alpha_bar_t) / step.alpha_bar_t) ** 0.5
-            direction = direction * (self.limit / move.clamp(min=self.limit))
+            share = self.limit / move.clamp(min=self.limit)
+            direction = direction * torch.where(move.isinf(), torch.nan, share)  # else it would be 0
         direction = torch.where(guided[:, None, None, None], direction, 0)
         return self.shift(pred, direction, step)
 

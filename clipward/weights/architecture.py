@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from clipward.diffusion.denoiser import Parametrisation, VarType
-from clipward.diffusion.schedule import Betas, Schedule, ScheduleName
+from clipward.diffusion.schedule import Betas, Schedule, ScheduleName, Scheduler
 from clipward.errors import InputError, list_names, shorten
 from clipward.files import check_state
 from clipward.networks.unet import UNet, UNetConfig
@@ -18,7 +18,8 @@ MOST_PIXELS, MOST_TIMESTEPS = 2**14, 10**6  # a file may claim anything
 
 # fields that the first files did not have, whose defaults are what those files mean
 ADDED_LATER = {
-    *("betas", "var_type", "clip_denoised"),
+    *("betas", "var_type", "clip_denoised", "scheduler"),
+    *("sampler", "skip_type", "offset", "equal_strides", "to_data", "noise_of_clamped"),
     *("num_classes", "null_class", "class_names"),
     *("head_channels", "scale_shift_norm", "resblock_updown", "downsample_padding", "freq_shift"),
 }
@@ -39,6 +40,7 @@ class Architecture:
             the small one.
         clip_denoised: whether x̂0 is clamped to [-1, 1] at every step by default.
         class_names: of the classes of ``unet.num_classes``, in their order; ``fit`` takes them from its data.
+        scheduler: how steps are taken by default.
 
     Raises:
         InputError: where a number is out of its range.
@@ -53,6 +55,7 @@ class Architecture:
     var_type: VarType | None = None
     clip_denoised: bool = True
     class_names: tuple[str, ...] | None = None
+    scheduler: Scheduler = field(default_factory=Scheduler)
 
     def __post_init__(self) -> None:
         stride = self.unet.stride
@@ -123,8 +126,8 @@ class Architecture:
         return parse_dataclass(cls, values, "architecture", optional=ADDED_LATER)
 
     def difference(self, other: "Architecture") -> str:
-        """The first thing that ``other`` has another value of, or nothing."""
-        ours, theirs = ({**d, **d["unet"], "unet": None} for d in (self.to_dict(), other.to_dict()))
+        """The first thing that ``other`` has another value of, or nothing; any scheduler walks the same network."""
+        ours, theirs = ({**d, **d["unet"], "unet": None, "scheduler": None} for d in (self.to_dict(), other.to_dict()))
         return next((f"{k} {ours[k]}, not {theirs[k]}" for k in ours if ours[k] != theirs[k]), "")
 
 

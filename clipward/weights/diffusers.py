@@ -3,10 +3,11 @@
 What a scheduler says of the model is obeyed: T, the βs, what the network puts out, its variance, and whether x̂0 is
 clamped. A setting of the model that has no counterpart here is refused by its name.
 
-How diffusers' pipelines sample is not obeyed, since ``skip_steps`` and ``skip_type`` choose the steps here:
-``timestep_spacing`` and ``steps_offset``; ``set_alpha_to_one``, since the last step always ends at data, where ᾱ is 1;
-a solver's order and spacing. Where x̂0 is clamped, the noise is that of the clamped x̂0, which DDIM there has with
-``use_clipped_model_output`` alone.
+How a ``DDPMScheduler`` or a ``DDIMScheduler`` takes its steps is the default (:class:`Scheduler`):
+``timestep_spacing``, ``steps_offset``, and for DDIM ``set_alpha_to_one``, its equal strides, and the noise that it
+leaves as the network predicted it where ``clip_sample`` clamps x̂0. Two things differ: the last step of DDPM never adds
+noise, and a single step of ``linspace`` begins at T−1. The steps of any other class can't be taken here; the sampler
+refuses it until a person chooses others.
 """
 
 import json
@@ -18,6 +19,7 @@ from typing import Any, get_type_hints
 from safetensors.torch import save_file
 from torch import Tensor
 
+from clipward.diffusion.schedule import Scheduler
 from clipward.errors import InputError, first_line, list_names, shorten
 from clipward.files import atomic_folder, read_json, to_storable
 from clipward.networks.unet import UNetConfig
@@ -56,6 +58,7 @@ PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 # ours by theirs
 VARIANCE_TYPES = {name: name for name in ("fixed_small", "fixed_large", "learned_range")}
 VARIANCE_TYPES["fixed_small_log"] = "fixed_small"
+SPACINGS = {"leading": "leading", "uniform2": "linspace", "trailing": "trailing"}
 
 # settings that have only these values here; the first is what a config without the setting means
 ONLY_NETWORK: dict[str, tuple[Any, ...]] = {
@@ -164,7 +167,8 @@ def read_architecture(network: Mapping[str, Any], scheduler: Mapping[str, Any]) 
     _refuse_others(scheduler, ONLY_SCHEDULER, SCHEDULER_FILE)
     unet = read_unet(network)
     values = _read_settings(scheduler, SCHEDULER_SETTINGS, Architecture, SCHEDULER_FILE)
-    values["clip_denoised"] &= scheduler.get("_class_name", CLAMPING[0]) in CLAMPING
+    name = scheduler.get("_class_name", CLAMPING[0])
+    values["clip_denoised"] &= name in CLAMPING
     if values["clip_denoised"] and scheduler.get("clip_sample_range", 1) != 1:
         raise _refusal("clip_sample_range", scheduler["clip_sample_range"], SCHEDULER_FILE, "1")
     names = _read_own(network).get("class_names")
@@ -176,8 +180,26 @@ def read_architecture(network: Mapping[str, Any], scheduler: Mapping[str, Any]) 
         betas=(_read_beta(scheduler, "beta_start", 1e-4), _read_beta(scheduler, "beta_end", 0.02)),
         parametrisation=_translate_word(scheduler, "prediction_type", _invert(PREDICTION_TYPES), "epsilon"),
         var_type=_translate_word(scheduler, "variance_type", VARIANCE_TYPES, None),
+        scheduler=read_scheduler(name, scheduler),
         **values,
     )
+
+
+def read_scheduler(name: str, config: Mapping[str, Any]) -> Scheduler:
+    """How the class ``name`` takes its steps, by its ``scheduler_config.json``.
+
+    Raises:
+        InputError: where a setting has no counterpart here, by its name.
+    """
+    if name not in CLAMPING:
+        return Scheduler(name)
+    skip_type = _translate_word(config, "timestep_spacing", _invert(SPACINGS), "leading")
+    offset = parse(int, config.get("steps_offset", 0), f"steps_offset in {SCHEDULER_FILE}")
+    offset = offset if skip_type == "leading" else 0
+    if not name.startswith("DDIM"):
+        return Scheduler("ddpm", skip_type, offset)
+    to_data = parse(bool, config.get("set_alpha_to_one", True), f"set_alpha_to_one in {SCHEDULER_FILE}")
+    return Scheduler("ddim", skip_type, offset, equal_strides=True, to_data=to_data, noise_of_clamped=False)
 
 
 def read_unet(config: Mapping[str, Any]) -> UNetConfig:
@@ -368,9 +390,7 @@ def make_configs(architecture: Architecture) -> dict[str, dict[str, Any]]:
             "null_class": architecture.unet.null_class,
             "class_names": None if names is None else list(names),
         }
-    pipeline = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", "DDPMScheduler"]}
     scheduler = {
-        "_class_name": "DDPMScheduler",
         "_diffusers_version": VERSION,
         "num_train_timesteps": architecture.num_timesteps,
         "beta_schedule": BETA_SCHEDULES[architecture.schedule],
@@ -379,12 +399,36 @@ def make_configs(architecture: Architecture) -> dict[str, dict[str, Any]]:
         "prediction_type": PREDICTION_TYPES[architecture.parametrisation],
         "variance_type": architecture.variance,
         "clip_sample": architecture.clip_denoised,
+        **make_spacing(architecture.scheduler),
     }
+    name = scheduler["_class_name"]
+    pipeline = {"unet": ["diffusers", "UNet2DModel"], "scheduler": ["diffusers", name]}
     return {
-        "model_index.json": {"_class_name": "DDPMPipeline", "_diffusers_version": VERSION, **pipeline},
+        "model_index.json": {
+            "_class_name": name.replace("Scheduler", "Pipeline"),
+            "_diffusers_version": VERSION,
+            **pipeline,
+        },
         "unet/config.json": make_network_config(architecture.unet, architecture.image_size) | own,
         "scheduler/scheduler_config.json": scheduler,
     }
+
+
+def make_spacing(scheduler: Scheduler) -> dict[str, Any]:
+    """What ``scheduler_config.json`` says of how steps are taken.
+
+    A ``uniform`` spacing is written as ``leading``, which is the same where the number of steps divides T.
+
+    Raises:
+        InputError: where diffusers has no such steps.
+    """
+    known = SPACINGS | {"uniform": "leading"}
+    if scheduler.sampler not in ("ddpm", "ddim") or scheduler.skip_type not in known:
+        raise InputError(f"to: got diffusers, which has no steps of {scheduler.sampler} and {scheduler.skip_type}")
+    config = {"timestep_spacing": known[scheduler.skip_type], "steps_offset": scheduler.offset}
+    if scheduler.sampler == "ddpm":
+        return {"_class_name": "DDPMScheduler", **config}
+    return {"_class_name": "DDIMScheduler", **config, "set_alpha_to_one": scheduler.to_data}
 
 
 def make_network_config(config: UNetConfig, image_size: int | tuple[int, int]) -> dict[str, Any]:
