@@ -167,6 +167,7 @@ def load(
     neutral: str | None = None,
     device: str | torch.device | None = None,
     use_ema: bool = True,
+    compile: bool = False,
     **sampling: Any,
 ) -> Model:
     """Load a diffusion model, and name what guides it.
@@ -182,6 +183,7 @@ def load(
         neutral: a text that is true of any picture, such as ``"a person"``.
         device: such as ``"cuda"``; by default a GPU where there is one, else the CPU.
         use_ema: take the averaged weights of a file that also has those that train.
+        compile: run the networks by ``torch.compile``, which takes a minute or more at the first passes.
         **sampling: settings of :class:`clipward.SamplingConfig`, such as ``method="contrastive"``.
 
     Raises:
@@ -206,7 +208,10 @@ def load(
     loaded.into(network)
     network.requires_grad_(False).eval()
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return Model(Sampler(network.to(place), loaded.architecture, GuidanceModels(guidance), config))
+    network.to(place)
+    if compile:
+        network.compile()
+    return Model(Sampler(network, loaded.architecture, GuidanceModels(guidance, compiled=compile), config))
 
 
 def _settings_of(name: str) -> dict[str, Any]:

@@ -73,6 +73,9 @@ class SamplingConfig:
             the class as the network knows it, in half the time.
         var_type: DDPM's variance, which also scales the mean's shift; by default what the weights were made for.
         clip_denoised: clamp x̂0 to [-1, 1] at every step; by default what the weights were made for.
+        dynamic_thresholding_ratio: in place of that clamp, clamp each x̂0 to [-s, s] and divide it by s, where this
+            share of its pixels lies within [-s, s] and s is at least 1 (Imagen, which takes 0.995). Off by default.
+        sample_max_value: the largest s; none by default.
         batch_multiple: batches are filled up to a multiple of this, and on a CPU the networks see so many pictures at
             once. A network rounds differently in passes of other sizes (by 1e-6), and guidance amplifies that; so a
             picture is the same in every batch. By default 4, and on a CPU 1 from 128×128 pixels on, where larger passes
@@ -93,6 +96,8 @@ class SamplingConfig:
     class_weight: float = 0.0
     var_type: VarType | None = None
     clip_denoised: bool | None = None
+    dynamic_thresholding_ratio: float | None = None
+    sample_max_value: float | None = None
     batch_multiple: int | None = None
 
     def __post_init__(self) -> None:
@@ -106,6 +111,15 @@ class SamplingConfig:
             WeightSchedule.parse(self.weight_schedule)
         if not math.isfinite(self.class_weight):
             raise InputError(f"class_weight: got {self.class_weight}, expected a finite number")
+        share, most = self.dynamic_thresholding_ratio, self.sample_max_value
+        if share is not None and not 0 < share <= 1:
+            raise InputError(f"dynamic_thresholding_ratio: got {share}, expected above 0, up to 1")
+        if most is not None and share is None:
+            raise InputError(f"sample_max_value: got {most} without dynamic_thresholding_ratio, expected both")
+        if most is not None and not most >= 1:
+            raise InputError(f"sample_max_value: got {most}, expected 1 or more")
+        if share is not None and self.clip_denoised is False:
+            raise InputError("dynamic_thresholding_ratio: got one beside clip_denoised false, expected one of the two")
         if not 0 <= self.ddim_eta <= 1:
             raise InputError(f"ddim_eta: got {self.ddim_eta}, expected 0 to 1")
         if self.solver is not None and self.solver not in SOLVERS:
@@ -226,6 +240,8 @@ class Sampler:
     @property
     def clip_denoised(self) -> bool:
         own = self.config.clip_denoised
+        if self.config.dynamic_thresholding_ratio is not None:
+            return True
         return self.architecture.clip_denoised if own is None else own
 
     @property
@@ -588,8 +604,10 @@ class Sampler:
         denoise = NetworkDenoiser(network, self.architecture.parametrisation, self.var_type)
         guidances: list[Guidance] = []
         place = self.method.clamp if self.clip_denoised else "never"
+        config = self.config
+        clamping = self.scheduler.noise_of_clamped, config.dynamic_thresholding_ratio, config.sample_max_value
         if self.clip_denoised:
-            guidances.append(Clamp(None if place == "first" else weight == 0, self.scheduler.noise_of_clamped))
+            guidances.append(Clamp(None if place == "first" else weight == 0, *clamping))
         if objectives is not None:
             low, high = self._times
             guide, schedule = partial(self.method.guidances, objectives), self.weight_schedule
@@ -599,7 +617,7 @@ class Sampler:
             for guidance in (RefuseFlat(weight), *guides):
                 guidances.append(GuidanceInterval(guidance, low, high))
         if place == "last":
-            guidances.append(Clamp(weight != 0, self.scheduler.noise_of_clamped))
+            guidances.append(Clamp(weight != 0, *clamping))
         halved = torch.is_autocast_enabled(self.device.type) or self.network.conv_in.weight.dtype != torch.float32
         halved = halved and self._any_process is None  # a sharded network would have to be computed again everywhere
         return GuidedDenoiser(denoise, guidances, self._in_float32 if halved else None)
@@ -692,6 +710,11 @@ class Sampler:
             "var_type": self.var_type,
             **self._describe_class(),
             "clip_denoised": self.clip_denoised,
+            **{
+                name: getattr(config, name)
+                for name in ("dynamic_thresholding_ratio", "sample_max_value")
+                if getattr(config, name) is not None
+            },
         }
 
 

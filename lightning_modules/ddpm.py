@@ -103,6 +103,8 @@ class DDPMModule(Reproducible):
             ``fit`` ignores them.
         checkpoint_activations: recompute activations of the U-Net and of CLIP in the backward pass instead of keeping
             them: a third more time and a fraction of the memory.
+        compile: run the U-Net and the image towers of the CLIPs by ``torch.compile``. The first passes take a minute or
+            more; the step's numbers are tensors, so that nothing is compiled again from step to step.
         save_path: safetensors to write at the end of ``fit``: the averaged weights in half precision, and what network
             they are for.
     """
@@ -117,13 +119,14 @@ class DDPMModule(Reproducible):
         use_ema: bool = True,
         default_weights: str | None = None,
         checkpoint_activations: bool = False,
+        compile: bool = False,
         save_path: str | None = None,
     ) -> None:
         super().__init__()
         self.architecture, self.sampling, self.optim = network, sampling, optim
-        self.models = GuidanceModels(guidance, checkpoint_activations)
+        self.models = GuidanceModels(guidance, checkpoint_activations, compile)
         self.weights_path, self.default_weights, self.use_ema = weights, default_weights, use_ema
-        self.checkpoint_activations = checkpoint_activations
+        self.checkpoint_activations, self.compiled = checkpoint_activations, compile
         self.save_path = None if save_path is None else Path(save_path)
         self.unet: UNet | None = None
         self.ema: EMA | None = None
@@ -154,6 +157,8 @@ class DDPMModule(Reproducible):
             self.trained = True
         if self.sharded:
             shard(self.unet, self.unet.blocks(), self.device_mesh["data_parallel"])
+        if self.compiled:
+            self.unet.compile()
         if self._trainer is None or self.trainer.training:  # else the network holds the averages, and nothing changes
             self.ema = EMA(self.unet, self.optim.ema_decay)
         any_process = self._any_process if self.sharded else None
@@ -353,6 +358,7 @@ class DDPMModule(Reproducible):
                 "weights_hash": state_hash(self.average()),
                 "use_ema": self.use_ema,
                 **self.models.provenance(self.sampler.method),
+                **({"compile": True} if self.compiled else {}),
                 "precision": str(self.trainer.precision),
                 "device": self.device.type,
                 "threads": torch.get_num_threads(),

@@ -280,3 +280,27 @@ def test_several_clips_are_named_on_the_command_line(tmp_path: Path, config: str
     main(["predict", "-c", config, "--clip", *clips, "--clip_weights", "2", "1", *flags])
     row = json.loads((tmp_path / "out/metadata.jsonl").read_text())
     assert row["clip"] == f"2·{clips[0]} + 1·{clips[1]}"
+
+
+def test_precision_auto_takes_what_the_processor_computes_in(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    draw = ["predict", "-c", config, "--n_samples", "1", "--skip_steps", "1", "--precision"]
+    cases = (
+        ({"avx2"}, "32-true", "doesn't compute"),
+        ({"avx512_bf16", "avx2"}, "bf16-mixed", "(avx512_bf16) computes"),
+    )
+    for flags, expected, reason in cases:
+        monkeypatch.setattr("clipward.cli.precision.cpu_flags", lambda flags=flags: flags)
+        main([*draw, "auto", "--save_dir", str(tmp_path / expected)])
+        said = capsys.readouterr().out
+        assert f"precision: {expected}, since this CPU" in said
+        assert reason in said
+        assert metadata(tmp_path / expected)[0]["precision"] == expected
+    main([*draw, "bf16-true", "--save_dir", str(tmp_path / "named")])
+    assert "precision: " not in capsys.readouterr().out
+    assert metadata(tmp_path / "named")[0]["precision"] == "bf16-true"
+    for value, others in (("auto", ["--trainer.precision", "32-true"]), ("half", [])):
+        with pytest.raises(SystemExit, match=f"^error: precision: got '?{value}"):
+            main([*draw, value, *others, "--save_dir", str(tmp_path / "none")])
+    assert not (tmp_path / "none").exists()

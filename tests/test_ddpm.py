@@ -531,6 +531,47 @@ def test_recomputed_activations_change_no_bit(tmp_path: Path, tiny_weights: Path
         assert torch.equal(a, b)
 
 
+def compiled_with(backend: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compile(self, backend=backend))
+
+
+def test_compiled_networks_guide_alike_and_are_compiled_once(
+    tiny_weights: Path, tiny_clip: Path, noisy_clip: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    for method in ("clip_guidance", "contrastive"):
+        torch._dynamo.reset()
+        counter, pictures = CompileCounterWithBackend("aot_eager"), []
+        compiled_with(counter, monkeypatch)
+        for compile in (False, True):
+            sampling = SamplingConfig(method=method, skip_steps=6)
+            module = tiny_module(
+                weights=str(tiny_weights),
+                clip=str(tiny_clip),
+                noisy_clip=noisy_clip,
+                compile=compile,
+                sampling=sampling,
+            )
+            module.configure_model()
+            pictures.append(module.sampler.sample(["a man"], [0], [20.0])[0])
+        torch.testing.assert_close(*pictures, atol=1e-5, rtol=0)
+        assert counter.frame_count == 2  # the U-Net and the image tower, over all steps
+        monkeypatch.undo()
+
+
+@pytest.mark.slow
+def test_the_c_compiler_gives_the_same_pictures(tiny_weights: Path, tiny_clip: Path) -> None:
+    pictures = []
+    for compile in (False, True):
+        sampling = SamplingConfig(method="clip_guidance", skip_steps=6)
+        module = tiny_module(weights=str(tiny_weights), clip=str(tiny_clip), compile=compile, sampling=sampling)
+        module.configure_model()
+        pictures.append(module.sampler.sample(["a man"], [0], [20.0])[0])
+    torch.testing.assert_close(*pictures, atol=1e-4, rtol=0)
+
+
 def test_recomputed_activations_need_less_memory() -> None:
     network = randomise(UNet(TINY_UNET))
     kept = {}

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -173,19 +174,35 @@ def test_a_walk_of_a_network_equals_diffusers_as_it_comes(network: UNet, solver:
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-def test_x0_is_clamped_where_diffusers_thresholds(solver: str) -> None:
-    """Its dynamic thresholding, where the threshold may not leave 1, is a clamp."""
+@pytest.mark.parametrize(("share", "most"), [(0.995, 1.0), (0.7, 1.5), (0.9, 100.0)])
+def test_x0_is_thresholded_as_by_diffusers(solver: str, share: float, most: float) -> None:
+    """Where the threshold may not leave 1, dynamic thresholding is a clamp."""
     schedule, noise = Schedule.from_name("linear"), Noise64([3, 4], SHAPE)
     steps, network = schedule.steps(10), Smooth(schedule, "eps")
-    denoise = GuidedDenoiser(InFloat64(network, "eps"), [Clamp()])
+    clamp = Clamp() if most == 1 else Clamp(share=share, most=most)
+    denoise = GuidedDenoiser(InFloat64(network, "eps"), [clamp])
     *_, last = sample(denoise, steps, SOLVERS[solver](), noise)
-    scheduler = scheduler_of(
-        solver, beta_start=1e-4, beta_end=0.02, thresholding=True, sample_max_value=1.0, prediction_type="epsilon"
-    )
+    theirs_config = {"thresholding": True, "dynamic_thresholding_ratio": share, "sample_max_value": most}
+    scheduler = scheduler_of(solver, beta_start=1e-4, beta_end=0.02, prediction_type="epsilon", **theirs_config)
     set_times(scheduler, steps)
     theirs = theirs_walk(scheduler, network, noise, [step.t for step in steps], solver)
-    assert last.x.abs().max() == pytest.approx(1)
+    assert last.x.abs().max() == pytest.approx(1, abs=1e-9)
     assert distance(last.x, theirs) < 1e-9
+
+
+def test_thresholding_is_a_setting(tiny_weights: Path) -> None:
+    config = SamplingConfig(skip_steps=5, solver="dpmpp_2m", dynamic_thresholding_ratio=0.9)
+    pictures = []
+    for sampling in (config, replace(config, dynamic_thresholding_ratio=None)):
+        module = tiny_module(weights=str(tiny_weights), clip_denoised=False, sampling=sampling)
+        module.configure_model()
+        module.sampler.check()
+        pictures.append(module.sampler.sample([""], [0], [0.0])[0])
+        assert ("dynamic_thresholding_ratio" in module.sampler.settings()) == (sampling is config)
+    assert (pictures[0] - pictures[1]).abs().max() > 0.01
+    for field, value in (("dynamic_thresholding_ratio", 0.0), ("sample_max_value", 2.0)):
+        with pytest.raises(InputError, match=f"^{field}: got "):
+            SamplingConfig(**{field: value})
 
 
 # an exact solution

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from clipward.cli.flags import FLAGS, MODEL_FLAGS
+from clipward.cli.flags import FLAGS, MODEL_FLAGS, TRAINER_FLAGS
 from clipward.editing import EDIT_FIELDS, PICTURES, find_changed
 from clipward.errors import InputError, shorten
 
@@ -46,6 +46,9 @@ SETTINGS = {
     "class_label": "model.sampling.class_label",
     "class_weight": "model.sampling.class_weight",
     "clip_denoised": "model.sampling.clip_denoised",
+    "dynamic_thresholding_ratio": "model.sampling.dynamic_thresholding_ratio",
+    "sample_max_value": "model.sampling.sample_max_value",
+    "compile": "model.compile",
     "batch_multiple": "model.sampling.batch_multiple",
     "precision": "trainer.precision",
     "accelerator": "trainer.accelerator",
@@ -149,6 +152,8 @@ def check_pictures(record: dict[str, Any], given: Set[str]) -> None:
 def full_name(flag: str) -> str:
     """The name of a setting that a flag, perhaps a short one, sets."""
     known = MODEL_FLAGS.get(flag)
+    if flag in TRAINER_FLAGS:
+        return f"trainer.{flag}"
     return f"model.{known.sets}" if known is not None and known.sets else flag.replace(".init_args", "")
 
 

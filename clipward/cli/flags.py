@@ -65,6 +65,11 @@ MODEL_FLAGS = {
     "ddim_eta": Flag("DDIM's noise, from 0 to 1", "X", sets="sampling.ddim_eta"),
     "var_type": Flag("DDPM's variance: fixed_small, fixed_large or learned_range", "NAME", sets="sampling.var_type"),
 }
+TRAINER_FLAGS = {
+    "precision": Flag(
+        "32-true, bf16-mixed, …; auto takes bf16-mixed where the processor computes in it, else 32-true", "P", str
+    ),
+}
 REQUEST_FLAGS = {
     "text": Flag(
         "texts to draw, such as 'an old man:2 | a beard:-1'; without any, pictures are unguided",
@@ -122,10 +127,17 @@ JUDGE_FLAGS = {
     "features": Flag("whose features FID compares: judge, inception, dinov2, or a file of weights", "X", str, "judge"),
 }
 FLAGS = {
-    "fit": MODEL_FLAGS,
-    "validate": MODEL_FLAGS,
-    "test": MODEL_FLAGS | REQUEST_FLAGS | FOLDER_FLAGS | JUDGE_FLAGS,
-    "predict": MODEL_FLAGS | REQUEST_FLAGS | EDIT_FLAGS | NUMBER_FLAGS | AGAIN_FLAGS | FOLDER_FLAGS | OUTPUT_FLAGS,
+    "fit": MODEL_FLAGS | TRAINER_FLAGS,
+    "validate": MODEL_FLAGS | TRAINER_FLAGS,
+    "test": MODEL_FLAGS | TRAINER_FLAGS | REQUEST_FLAGS | FOLDER_FLAGS | JUDGE_FLAGS,
+    "predict": MODEL_FLAGS
+    | TRAINER_FLAGS
+    | REQUEST_FLAGS
+    | EDIT_FLAGS
+    | NUMBER_FLAGS
+    | AGAIN_FLAGS
+    | FOLDER_FLAGS
+    | OUTPUT_FLAGS,
 }
 DEFAULTS: dict[str, dict[str, Any]] = {  # where a command has its own
     "test": {"n_samples": 16, "save_dir": "out/test"},

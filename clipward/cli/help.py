@@ -34,7 +34,7 @@ PICTURES = "a folder, a parquet file, or a data set on the hub"
 CONTRASTS = {"--model.guidance.contrasts X": "faces, photographs, a YAML file or groups such as '[[old, young]]'"}
 DEVICES: dict[str, str | None] = {
     "--trainer.devices N": "processes; add -c ddp or -c fsdp for more than one",
-    "--trainer.precision P": "32-true, bf16-mixed, …",
+    **own("precision"),
 }
 
 COMMANDS = {

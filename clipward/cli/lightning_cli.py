@@ -39,6 +39,7 @@ from clipward.cli.help import COMMANDS
 from clipward.cli.messages import first_process
 from clipward.cli.own_samples import draw_own_samples
 from clipward.cli.parser import OneLineParser
+from clipward.cli.precision import AUTO, PRECISIONS, choose_precision
 from clipward.cli.settings import prepare, shipped
 from clipward.datamodules.celebahq import CelebAHQDataModule
 from clipward.datamodules.own_samples import OwnSamplesDataModule
@@ -98,6 +99,7 @@ class ClipwardCLI(LightningCLI):
                 raise InputError(f"{name}: got {shorten(config[name])} in a config, expected --{name} as a flag")
         self._check_model(config.model)
         config.trainer.inference_mode = False
+        self._set_precision(config)
         self._check_strategy(config.trainer)
         self._find_checkpoint(config)
         self._check_places(config)
@@ -119,6 +121,22 @@ class ClipwardCLI(LightningCLI):
             raise InputError(f"model: got {name}, expected one that draws pictures; use -c faces or -c celebahq")
         with suppress(AttributeError, NameError, TypeError):  # a stranger's class may have no types
             check_groups(get_type_hints(import_class(model.class_path).__init__), arguments, "model")
+
+    @staticmethod
+    def _set_precision(config: Any) -> None:
+        """Set the Trainer's precision by the short flag; ``auto`` says what it took."""
+        given, named = config.precision, config.trainer.precision
+        if given is None:
+            return
+        if given == AUTO:
+            if named is not None:
+                raise InputError(f"precision: got {AUTO} beside trainer.precision {named}, expected one of the two")
+            given, reason = choose_precision(str(config.trainer.accelerator))
+            if first_process():
+                print(f"precision: {given}, since {reason}")
+        elif given not in PRECISIONS:
+            raise InputError(f"precision: got {shorten(given)}, expected {AUTO} or one of {', '.join(PRECISIONS)}")
+        config.trainer.precision, config.precision = given, None
 
     def _check_strategy(self, trainer: Any) -> None:
         name = trainer.strategy if isinstance(trainer.strategy, str) else trainer.strategy.class_path

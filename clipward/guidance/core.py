@@ -200,26 +200,44 @@ def _broken(pred: Prediction, step: Step) -> Tensor:
 class Clamp:
     """Clamp x̂0 to [-1, 1], and keep eps consistent with it, as guided-diffusion does.
 
-    What it saturates has no gradient further down the list. What is lost becomes NaN, and not white or black.
+    With a ``share`` it is dynamic thresholding (Saharia et al. 2022, Imagen, §2.3): x̂0 is clamped to [-s, s] and
+    divided by s. What is saturated has no gradient further down the list. What is lost becomes NaN, and not white or
+    black.
 
     Args:
         images: (B,) whose x̂0 is clamped; all by default.
         change_noise: whether eps becomes consistent with the clamped x̂0.
+        share: of an image's pixels, those that lie within [-s, s], where s is at least 1; None clamps to [-1, 1].
+        most: the largest s.
     """
 
-    def __init__(self, images: Tensor | None = None, change_noise: bool = True) -> None:
-        self.images, self.change_noise = images, change_noise
+    def __init__(
+        self,
+        images: Tensor | None = None,
+        change_noise: bool = True,
+        share: float | None = None,
+        most: float | None = None,
+    ) -> None:
+        self.images, self.change_noise, self.share, self.most = images, change_noise, share, most
 
     def needs_graph(self, step: Step) -> bool:
         return False
 
     def __call__(self, pred: Prediction, x: Tensor, step: Step) -> Prediction:
-        x0 = torch.where(is_lost(step.alpha_bar_t**0.5 * pred.x0), torch.nan, pred.x0.clamp(-1, 1))
+        x0 = torch.where(is_lost(step.alpha_bar_t**0.5 * pred.x0), torch.nan, self._clamp(pred.x0))
         eps = to_eps(x0, x, step.alpha_bar_t) if self.change_noise else pred.eps
         if self.images is not None:
             chosen = self.images[:, None, None, None]
             x0, eps = torch.where(chosen, x0, pred.x0), torch.where(chosen, eps, pred.eps)
         return pred._replace(x0=x0, eps=eps)
+
+    def _clamp(self, x0: Tensor) -> Tensor:
+        if self.share is None:
+            return x0.clamp(-1, 1)
+        sizes = x0.detach().abs().flatten(1)
+        bounds = torch.stack([torch.quantile(each, self.share) for each in sizes]).clamp(min=1, max=self.most)
+        s = bounds[:, None, None, None]
+        return x0.clamp(-s, s) / s
 
 
 class RefuseFlat:

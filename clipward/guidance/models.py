@@ -105,10 +105,11 @@ class GuidanceModels:
     Args:
         config: which, and what a text is compared with.
         checkpointing: CLIPs recompute activations in the backward pass instead of keeping them.
+        compiled: image towers run by ``torch.compile``.
     """
 
-    def __init__(self, config: GuidanceConfig, checkpointing: bool = False) -> None:
-        self.config, self.checkpointing = config, checkpointing
+    def __init__(self, config: GuidanceConfig, checkpointing: bool = False, compiled: bool = False) -> None:
+        self.config, self.checkpointing, self.compiled = config, checkpointing, compiled
         self.names = config.clips
         self.weights = config.clip_weights or [1.0] * len(self.names)
         self.contrasts = load_contrasts(config.contrasts or [])
@@ -147,6 +148,8 @@ class GuidanceModels:
         if name not in self._clips:
             clip = Clip.load(name)
             clip.checkpointing = self.checkpointing
+            if self.compiled:
+                clip.model.visual.compile()
             self._clips[name] = clip
         return self._clips[name]
 

@@ -31,8 +31,10 @@ def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
 
 
 def is_frozen(weight: Tensor, x: Tensor) -> bool:
-    """Whether a gradient goes to the input alone."""
-    return torch.is_grad_enabled() and x.requires_grad and not weight.requires_grad
+    """Whether a gradient goes to the input alone; ``torch.compile`` finds out itself what it must keep."""
+    return (
+        not torch.compiler.is_compiling() and torch.is_grad_enabled() and x.requires_grad and not weight.requires_grad
+    )
 
 
 class _FrozenConv(torch.autograd.Function):
