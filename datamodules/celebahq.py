@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from clipward.datamodules.labels import check_labels, read_labels
+from clipward.datamodules.labels import check_classes, check_labels, read_labels
 from clipward.datamodules.loading import (
     MOST_PICTURES,
     check_channels,
@@ -19,7 +19,7 @@ from clipward.datamodules.loading import (
     training_loader,
     validation_loader,
 )
-from clipward.datamodules.sources import EXPECTED, Sources, find_column, open_rows, take_rows
+from clipward.datamodules.sources import EXPECTED, Sources, check_captions, open_rows, take_rows
 from clipward.errors import InputError, shorten
 from clipward.pictures import CONVERTERS, UnreadablePicture, check_picture, read_picture
 
@@ -76,10 +76,7 @@ class CelebAHQDataModule(L.LightningDataModule):
         classes: str | None = None,
     ) -> None:
         super().__init__()
-        if classes is not None and classes not in (labels or {}):
-            raise InputError(f"data.classes: got {shorten(classes)}, expected an attribute of data.labels")
-        self.classes = classes
-        self.class_names = None if classes is None else list((labels or {})[classes])
+        self.classes, self.class_names = classes, check_classes(classes, labels)
         check_loading(size, batch_size, num_workers)
         check_channels(channels, sorted(CONVERTERS))
         check_whole(1, MOST_PICTURES, count=1 if count is None else count)
@@ -105,7 +102,9 @@ class CelebAHQDataModule(L.LightningDataModule):
 
     def _read(self) -> None:
         rows = take_rows(open_rows(self.path, self.split, self.image_column), self.first, self.count)
-        captions = None if self.caption_column is None else self._captions(rows)
+        if self.caption_column is not None:
+            check_captions(rows, self.caption_column)
+        captions = None if self.caption_column is None else rows[self.caption_column]
         labels = None if self.labels is None else read_labels(rows, self.labels)
         sources = Sources(rows, self.image_column, self.first)
         good = self._choose(sources, captions)
@@ -114,14 +113,6 @@ class CelebAHQDataModule(L.LightningDataModule):
         pictures.class_column = None if self.classes is None else list(self.labels or {}).index(self.classes)
         self.train_set = Subset(pictures, good[: len(good) - held_out])
         self.val_set = Subset(pictures, good[len(good) - held_out :] or good)
-
-    def _captions(self, rows: Any) -> Sequence[str | None]:
-        kind = find_column(rows, "caption_column", self.caption_column)
-        if kind not in ("string", "large_string", "null"):
-            raise InputError(
-                f"data.caption_column: got {shorten(self.caption_column)}, a column of {shorten(kind)}, expected texts"
-            )
-        return rows[self.caption_column]
 
     def _choose(self, sources: Sources, captions: Sequence[str | None] | None) -> list[int]:
         """Positions of the rows that can be trained on: by the headers of their pictures, and their captions."""

@@ -27,16 +27,44 @@ def read_labels(rows: Any, labels: Labels) -> Tensor:
     Raises:
         InputError: for a column that is missing or says neither yes nor no, and an attribute without two values.
     """
-    check_labels(labels)
+    check_label_columns(rows, labels)
+    return choose_labels(rows, labels, len(rows))
+
+
+def choose_labels(columns: Mapping[str, Sequence[Any]], labels: Labels, count: int) -> Tensor:
+    """(N, attributes) of :func:`read_labels`, from the columns of ``count`` rows."""
+    attributes = [_choose([_holds(columns, rule, count) for rule in values.values()]) for values in labels.values()]
+    return torch.stack(attributes, dim=1)
+
+
+def list_label_columns(labels: Labels) -> list[str]:
+    """The columns that labels are read from, each once."""
     rules = filter(None, (rule for values in labels.values() for rule in values.values()))
-    for column in dict.fromkeys(_split(rule)[0] for rule in rules):
+    return list(dict.fromkeys(_split(rule)[0] for rule in rules))
+
+
+def check_label_columns(rows: Any, labels: Labels) -> None:
+    """Raise :class:`InputError` where rows don't have the columns of labels, or they say neither yes nor no."""
+    check_labels(labels)
+    for column in list_label_columns(labels):
         kind = find_column(rows, "labels", column)
         if not kind.startswith(("bool", "int", "uint", "float")):
             raise InputError(
                 f"data.labels: got {shorten(column)}, a column of {shorten(kind)}, expected booleans or numbers"
             )
-    attributes = [_choose([_holds(rows, rule) for rule in values.values()]) for values in labels.values()]
-    return torch.stack(attributes, dim=1)
+
+
+def check_classes(classes: str | None, labels: Labels | None) -> list[str] | None:
+    """The names of the classes, which are the values of an attribute.
+
+    Raises:
+        InputError: where there is no such attribute.
+    """
+    if classes is None:
+        return None
+    if classes not in (labels or {}):
+        raise InputError(f"data.classes: got {shorten(classes)}, expected an attribute of data.labels")
+    return list((labels or {})[classes])
 
 
 def check_labels(labels: Labels) -> None:
@@ -52,12 +80,12 @@ def _split(rule: str) -> tuple[str, bool]:
     return column, column == rule.strip()
 
 
-def _holds(rows: Any, rule: str | None) -> Tensor:
+def _holds(columns: Mapping[str, Sequence[Any]], rule: str | None, count: int) -> Tensor:
     """(N,): whether ``rule`` is true of each row; never of a row that has no value."""
     if rule is None:
-        return torch.zeros(len(rows), dtype=torch.bool)
+        return torch.zeros(count, dtype=torch.bool)
     column, wanted = _split(rule)
-    return torch.tensor([value is not None and value == value and (value > 0) == wanted for value in rows[column]])
+    return torch.tensor([value is not None and value == value and (value > 0) == wanted for value in columns[column]])
 
 
 def _choose(holds: Sequence[Tensor]) -> Tensor:

@@ -66,7 +66,7 @@ def open_stream(path: str | None, split: str, image_column: str) -> Any:
             ) from error
     else:
         rows = load_from_hub(path, "data.path", STREAMED, split=split, streaming=True)
-    return _keep_undecoded(rows, image_column).select_columns(image_column)
+    return _keep_undecoded(rows, image_column)
 
 
 def _keep_undecoded(rows: Any, image_column: str) -> Any:
@@ -159,6 +159,13 @@ class Folder:
 
     def select(self, indices: range) -> "Folder":
         return Folder(self.path, self.column, self.names[indices.start : indices.stop])
+
+
+def check_captions(rows: Any, column: str) -> None:
+    """Raise :class:`InputError` where rows have no such column of texts."""
+    kind = find_column(rows, "caption_column", column)
+    if kind not in ("string", "large_string", "null"):
+        raise InputError(f"data.caption_column: got {shorten(column)}, a column of {shorten(kind)}, expected texts")
 
 
 class Sources:

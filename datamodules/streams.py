@@ -1,16 +1,16 @@
 """Pictures from a data set that is read as it comes: shards of parquet, or a data set on the hub."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
+from clipward.datamodules.labels import check_classes, check_label_columns, choose_labels, list_label_columns
 from clipward.datamodules.loading import MOST_PICTURES, check_channels, check_loading, check_whole, to_pair
-from clipward.datamodules.sources import open_stream, to_source
+from clipward.datamodules.sources import check_captions, open_stream, to_source
 from clipward.errors import InputError, shorten
 from clipward.pictures import CONVERTERS, UnreadablePicture, read_picture
 
@@ -34,6 +34,10 @@ class StreamDataModule(L.LightningDataModule):
         num_workers: processes that read.
         split: of a data set on the hub.
         image_column: where the picture stands.
+        caption_column: where its caption stands, if it has one. A row without a text in it is left out.
+        labels: attributes of the pictures, their values and the columns of these, as in
+            :class:`clipward.datamodules.celebahq.CelebAHQDataModule`.
+        classes: the attribute of ``labels`` whose values are the classes of ``unet.num_classes``.
         shuffle_buffer: rows of a block, undecoded, in the memory of each worker.
         val_count: pictures to validate on, the first of the first shard, which are not trained on.
         channels: 1 for grey, 3 for RGB or 4 for RGBA.
@@ -53,14 +57,19 @@ class StreamDataModule(L.LightningDataModule):
         shuffle_buffer: int = 1000,
         val_count: int = 64,
         channels: int = 3,
+        caption_column: str | None = None,
+        labels: dict[str, dict[str, str | None]] | None = None,
+        classes: str | None = None,
     ) -> None:
         super().__init__()
+        self.class_names = check_classes(classes, labels)
         check_loading(size, batch_size, num_workers)
         check_whole(1, MOST_PICTURES, shuffle_buffer=shuffle_buffer, val_count=val_count)
         check_channels(channels, sorted(CONVERTERS))
         self.path, self.size, self.batch_size, self.num_workers = path, size, batch_size, num_workers
         self.split, self.image_column, self.shuffle_buffer = split, image_column, shuffle_buffer
         self.val_count, self.channels = val_count, channels
+        self.caption_column, self.labels, self.classes = caption_column, labels, classes
         self.rows: Any = None
 
     def prepare_data(self) -> None:
@@ -70,7 +79,15 @@ class StreamDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         if self.rows is None:
-            self.rows = open_stream(self.path, self.split, self.image_column)
+            rows = open_stream(self.path, self.split, self.image_column)
+            columns = [self.image_column]
+            if self.caption_column is not None:
+                check_captions(rows, self.caption_column)
+                columns.append(self.caption_column)
+            if self.labels is not None:
+                check_label_columns(rows, self.labels)
+                columns += list_label_columns(self.labels)
+            self.rows = rows.select_columns(list(dict.fromkeys(columns)))
         if stage == "fit" and self.trainer is not None and self.trainer.max_steps < 1:
             raise InputError(
                 f"trainer.max_steps: got {self.trainer.max_steps}, expected 1 or more, since a stream has no end"
@@ -87,20 +104,36 @@ class StreamDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """Batches of the first pictures, read anew each time."""
-        cells = next(self.rows.shard(self.rows.num_shards, 0).iter(self.val_count), {self.image_column: []})
-        images = [self.read(cell) for cell in cells[self.image_column]]
-        items = [{"image": image} for image in images if image is not None]
+        columns = next(self.rows.shard(self.rows.num_shards, 0).iter(self.val_count), {self.image_column: []})
+        items = [item for item in map(self.read, to_rows(columns)) if item is not None]
         if not items:
             raise InputError(f"data.path: got {shorten(self.path)} without a picture to validate on")
         return DataLoader(items, batch_size=self.batch_size)  # type: ignore[arg-type]  # a list is a data set
 
-    def read(self, cell: Any) -> Tensor | None:
-        """(C, H, W) in [-1, 1], or None, with a warning, for what is no picture."""
+    def read(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The picture of a row, (C, H, W) in [-1, 1], its caption, labels and class, where there are any.
+
+        It is None, with a warning, for what is no picture or has no caption.
+        """
+        caption = None if self.caption_column is None else row[self.caption_column]
+        if self.caption_column is not None and not (caption and caption.strip()):
+            rank_zero_warn(f"data.path: a row of {shorten(self.path)} has no caption; left out")
+            return None
         try:
-            return read_picture(to_source(cell), to_pair(self.size), self.channels).float() / 127.5 - 1
+            source = to_source(row[self.image_column])
+            item: dict[str, Any] = {
+                "image": read_picture(source, to_pair(self.size), self.channels).float() / 127.5 - 1
+            }
         except UnreadablePicture as error:
             rank_zero_warn(f"data.path: a row of {shorten(self.path)} can't be read as a picture ({error}); left out")
             return None
+        if caption is not None:
+            item["caption"] = caption
+        if self.labels is not None:
+            item["labels"] = choose_labels({name: [value] for name, value in row.items()}, self.labels, 1)[0]
+            if self.classes is not None:
+                item["class_label"] = item["labels"][list(self.labels).index(self.classes)]
+        return item
 
 
 class _Stream(IterableDataset):
@@ -119,27 +152,29 @@ class _Stream(IterableDataset):
         info = get_worker_info()
         number, workers = (0, 1) if info is None else (info.id, info.num_workers)
         own = (number + self.first) % workers  # a loader begins with its worker 0, whoever's turn it is
-        batch: list[dict[str, Tensor]] = []
-        for image, place in self._images(own, workers, *self.places.get(own, (0, 0, 0))):
-            batch.append({"image": image})
+        batch: list[dict[str, Any]] = []
+        for item, place in self._items(own, workers, *self.places.get(own, (0, 0, 0))):
+            batch.append(item)
             if len(batch) == self.data.batch_size:
                 yield default_collate(batch) | {"worker": own, "place": place}
                 batch = []
 
-    def _images(
+    def _items(
         self, own: int, workers: int, epoch: int, block: int, given: int
-    ) -> Iterator[tuple[Tensor, tuple[int, int, int]]]:
+    ) -> Iterator[tuple[dict[str, Any], tuple[int, int, int]]]:
         while True:
             whole, found = (block, given) == (0, 0), False
-            for number, cells in self._blocks(epoch, block, self.rank * workers + own, self.world * workers):
+            for number, rows in self._blocks(epoch, block, self.rank * workers + own, self.world * workers):
                 generator = torch.Generator().manual_seed((self.seed + 1000003 * epoch + 7919 * number) % 2**63)
-                order = torch.randperm(len(cells), generator=generator).tolist()
-                mirrored = (torch.rand(len(cells), generator=generator) < 0.5).tolist()
-                for at in range(given, len(cells)):
-                    image = self.data.read(cells[order[at]])
-                    if image is not None:
+                order = torch.randperm(len(rows), generator=generator).tolist()
+                mirrored = (torch.rand(len(rows), generator=generator) < 0.5).tolist()
+                for at in range(given, len(rows)):
+                    item = self.data.read(rows[order[at]])
+                    if item is not None:
                         found = True
-                        yield image.flip(-1) if mirrored[at] else image, (epoch, number, at + 1)
+                        if mirrored[at]:
+                            item["image"] = item["image"].flip(-1)
+                        yield item, (epoch, number, at + 1)
                 given = 0
             if whole and not found:
                 raise InputError(
@@ -148,19 +183,19 @@ class _Stream(IterableDataset):
             epoch, block, given = epoch + 1, 0, 0
 
     def _blocks(self, epoch: int, first: int, consumer: int, consumers: int) -> Iterator[tuple[int, list[Any]]]:
-        cells: list[Any] = []
+        block: list[Any] = []
         number = 0
-        for cell in self._cells(epoch, consumer, consumers):
-            cells.append(cell)
-            if len(cells) == self.data.shuffle_buffer:
+        for row in self._rows(epoch, consumer, consumers):
+            block.append(row)
+            if len(block) == self.data.shuffle_buffer:
                 if number >= first:
-                    yield number, cells
-                number, cells = number + 1, []
-        if cells and number >= first:
-            yield number, cells
+                    yield number, block
+                number, block = number + 1, []
+        if block and number >= first:
+            yield number, block
 
-    def _cells(self, epoch: int, consumer: int, consumers: int) -> Iterator[Any]:
-        """The pictures of one consumer in one pass, undecoded."""
+    def _rows(self, epoch: int, consumer: int, consumers: int) -> Iterator[dict[str, Any]]:
+        """The rows of one consumer in one pass, undecoded."""
         rows, count = self.data.rows, self.data.rows.num_shards
         generator = torch.Generator().manual_seed((self.seed + epoch) % 2**63)
         order = torch.randperm(count, generator=generator).tolist()
@@ -169,13 +204,18 @@ class _Stream(IterableDataset):
         for shard in order[consumer::consumers] if whole else order:
             place = 0
             for part in rows.shard(count, shard).iter(BATCH):  # which knows nothing of workers, as its rows would
-                for cell in part[self.data.image_column]:
+                for row in to_rows(part):
                     place += 1
                     if shard == 0 and place <= self.data.val_count:
                         continue
                     at += 1
                     if whole or at % consumers == consumer:
-                        yield cell
+                        yield row
+
+
+def to_rows(columns: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    """The rows of a table that is given by its columns."""
+    return (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
 
 
 class _StreamLoader(DataLoader):

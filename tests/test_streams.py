@@ -1,6 +1,7 @@
 """Training pictures that are read as they come."""
 
 import io
+import itertools
 from pathlib import Path
 
 import lightning as L
@@ -27,7 +28,8 @@ def shards(tmp_path: Path) -> str:
         for i in range(10 * shard, 10 * shard + 10):
             file = io.BytesIO()
             Image.new("RGB", (16, 16), (8 * i,) * 3).save(file, "PNG")
-            rows.append({"image": {"bytes": b"no picture" if i == 25 else file.getvalue(), "path": None}, "other": i})
+            image = {"bytes": b"no picture" if i == 25 else file.getvalue(), "path": None}
+            rows.append({"image": image, "other": i, "text": f"grey {i}" if i % 7 else " ", "odd": i % 2})
         Dataset.from_list(rows).to_parquet(tmp_path / f"shards/{shard}.parquet")
     return str(tmp_path / "shards/*.parquet")
 
@@ -83,9 +85,9 @@ def test_a_run_that_goes_on_sees_what_an_unbroken_one_does(workers: int, shards:
 def test_processes_share_a_pass_whether_there_are_enough_shards_or_not(world: int, shards: str) -> None:
     data = stream(shards)
     data.setup("validate")
-    cells = [list(_Stream(data, rank, world, 0)._cells(0, rank, world)) for rank in range(world)]
-    assert sorted(len(each) for each in cells) in ([[10, 18], [8, 20]] if world == 2 else [[5, 5, 6, 6, 6]])
-    flat = [cell["bytes"] for each in cells for cell in each]
+    rows = [list(_Stream(data, rank, world, 0)._rows(0, rank, world)) for rank in range(world)]
+    assert sorted(len(each) for each in rows) in ([[10, 18], [8, 20]] if world == 2 else [[5, 5, 6, 6, 6]])
+    flat = [row["image"]["bytes"] for each in rows for row in each]
     assert len(set(flat)) == len(flat) == 28
 
 
@@ -95,9 +97,31 @@ def test_the_first_pictures_validate(shards: str) -> None:
     assert [numbers(batch["image"]) for batch in data.val_dataloader()] == [[0, 1]]
 
 
+@pytest.mark.filterwarnings("ignore:data.path")
+def test_captions_labels_and_classes_come_with_their_pictures(shards: str) -> None:
+    labels = {"size": {"small": "other", "none": None}, "parity": {"even": "not odd", "odd": "odd"}}
+    data = stream(shards, caption_column="text", labels=labels, classes="parity")
+    data.setup("fit")
+    assert data.class_names == ["even", "odd"]
+    (held_out,) = data.val_dataloader()
+    assert held_out["caption"] == ["grey 1"]  # the first row has no text
+    seen = []
+    for batch in itertools.islice(data.train_dataloader(), 6):
+        for number, caption, label, kind in zip(
+            numbers(batch["image"]), batch["caption"], batch["labels"].tolist(), batch["class_label"], strict=True
+        ):
+            assert (caption, label, int(kind)) == (f"grey {number}", [0, number % 2], number % 2)
+            seen.append(number)
+    assert set(seen[:23]) == {i for i in range(VALIDATED, 30) if i % 7 and i != 25}
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
+        ({"caption_column": "odd"}, r"data\.caption_column: got 'odd', a column of 'int64', expected texts"),
+        ({"caption_column": "no"}, r"data\.caption_column: got 'no', expected a column of the data"),
+        ({"labels": {"a": {"b": "text", "c": None}}}, r"data\.labels: got 'text', a column of 'string', expected bool"),
+        ({"classes": "a"}, r"data\.classes: got 'a', expected an attribute of data.labels"),
         ({"path": "none.parquet"}, r"data\.path: there is no file 'none.parquet'"),
         ({"path": None}, r"data\.path: got none, expected parquet files"),
         ({"image_column": "picture"}, r"data\.image_column: got 'picture', expected a column of the data"),
