@@ -24,17 +24,19 @@ class Hub:
     """Stands for ``HfApi``, and keeps what it was asked."""
 
     def __init__(self, fails: str | None = None) -> None:
-        self.fails, self.asked = fails, list[tuple[str, Any]]()
+        self.fails, self.asked, self.private = fails, list[tuple[str, Any]](), False
 
     def __call__(self) -> "Hub":
         return self
 
     def __getattr__(self, name: str) -> Any:
-        def ask(*args: Any, **kwargs: Any) -> str:
+        def ask(*args: Any, **kwargs: Any) -> Any:
             if name == self.fails:
                 raise OSError("403 Forbidden:\nno right to this repository")
-            self.asked.append((name, args or kwargs))
-            return "https://hub/commit/1"
+            self.asked.append((name, kwargs))
+            if name == "create_repo":
+                self.private = self.private or kwargs["private"]
+            return self if name == "repo_info" else "https://hub/commit/1"
 
         return ask
 
@@ -121,6 +123,20 @@ def test_the_folder_is_sent_after_the_login_is_known(
     assert hub.asked[-1][1]["repo_id"] == "me/faces"
     assert (hub.asked[-1][1]["folder_path"] / "README.md").is_file()
     assert "uploaded: https://hub/commit/1" in capsys.readouterr().out
+    assert not hub.private
+    main([*arguments[:2], str(tmp_path / "private"), *arguments[3:], "--private", "true"])
+    assert hub.private
+    assert hub.asked[-1][0] == "upload_folder"
+
+
+def test_a_private_upload_to_a_repository_that_everybody_sees_is_refused(
+    weights: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Hub, "private", property(lambda self: False, lambda self, value: None), raising=False)
+    flags = ["--to", "diffusers", "--push_to_hub", "me/x", "--private", "true"]
+    with pytest.raises(SystemExit, match="error: private: everybody sees me/x, which was there; "):
+        main(["convert", str(weights), str(tmp_path / "x"), *flags])
+    assert [name for name, _ in hub.asked] == ["whoami", "create_repo", "repo_info"]
 
 
 def test_weights_without_a_record_have_a_short_card(weights: Path, hub: Hub, tmp_path: Path) -> None:
@@ -138,6 +154,7 @@ def test_weights_without_a_record_have_a_short_card(weights: Path, hub: Hub, tmp
     [
         (["--push_to_hub", "faces", "--to", "diffusers"], "push_to_hub: got 'faces', expected USER/NAME"),
         (["--push_to_hub", "me/faces"], "push_to_hub: got --to safetensors beside it, expected --to diffusers"),
+        (["--private", "true"], "private: got no --push_to_hub beside it"),
         (["--dry_run", "true"], "dry_run: got no --push_to_hub beside it"),
     ],
 )

@@ -28,6 +28,7 @@ def convert(
     schedule: ScheduleName | None = None,
     parametrisation: Parametrisation | None = None,
     push_to_hub: str | None = None,
+    private: bool = False,
     dry_run: bool = False,
 ) -> None:
     """Write weights of any kind that --weights takes as our safetensors or as a diffusers folder.
@@ -43,6 +44,7 @@ def convert(
         schedule: where the source doesn't know it; linear in all that pesser and OpenAI published for faces.
         parametrisation: what the network puts out, where the source doesn't know it.
         push_to_hub: USER/NAME of a repository on the hub to upload the diffusers folder to, with a model card.
+        private: let nobody else see the repository.
         dry_run: write the folder with its card, show it, and upload nothing.
     """
     if push_to_hub is not None:
@@ -50,8 +52,9 @@ def convert(
             raise InputError(f"push_to_hub: got {shorten(push_to_hub)}, expected USER/NAME")
         if to != "diffusers":
             raise InputError(f"push_to_hub: got --to {to} beside it, expected --to diffusers")
-    elif dry_run:
-        raise InputError("dry_run: got no --push_to_hub beside it, expected USER/NAME to make the card for")
+    elif dry_run or private:
+        name = "dry_run" if dry_run else "private"
+        raise InputError(f"{name}: got no --push_to_hub beside it, expected USER/NAME to make the card for")
     path = Path(target)
     if path.exists():
         raise InputError(f"target: {target} exists; use another name")
@@ -72,9 +75,11 @@ def convert(
     if push_to_hub is not None and dry_run:
         for file in sorted(file for file in path.rglob("*") if file.is_file()):
             print(f"  {file.relative_to(path)}  {file.stat().st_size / 1e6:.2f} MB")
-        print(f"nothing is uploaded; without --dry_run true, these files go to https://huggingface.co/{push_to_hub}")
+        seen = "a private repository" if private else "which everybody sees"
+        place = f"https://huggingface.co/{push_to_hub}, {seen}"
+        print(f"nothing is uploaded; without --dry_run true, these files go to {place}")
     elif push_to_hub is not None:
-        print(f"uploaded: {push(path, push_to_hub)}")
+        print(f"uploaded: {push(path, push_to_hub, private)}")
 
 
 def run(args: Sequence[str]) -> None:

@@ -133,7 +133,7 @@ def _text(name: str, weights: Weights, source: str, record: Record) -> str:
     parts += [
         "## Use",
         f'```python\nfrom diffusers import DDPMPipeline\n\nDDPMPipeline.from_pretrained("{name}")().images[0]\n```',
-        "With [Clipward](https://pypi.org/project/clipward), a CLIP guides it towards a text:",
+        "With Clipward, a CLIP guides it towards a text:",
         f'```python\nimport clipward\n\nmodel = clipward.load("{name}", clip="ViT-B-32/openai")\n'
         'model.sample("a smile", n_samples=1)[0].save("smile.png")\n```',
     ]
@@ -180,21 +180,30 @@ def check_login() -> None:
         raise InputError("push_to_hub: the hub knows no login; use hf auth login, or --dry_run true") from error
 
 
-def push(folder: Path, name: str) -> str:
+def push(folder: Path, name: str, private: bool = False) -> str:
     """Upload a folder to the hub, and make the repository where there is none; earlier versions stay in its history.
+
+    Args:
+        folder: what is uploaded.
+        name: of the repository, ``USER/NAME``.
+        private: let nobody else see it.
 
     Returns:
         the address of the commit.
 
     Raises:
-        InputError: where the hub refuses.
+        InputError: where the hub refuses, and where a private repository is wanted and everybody sees the one there.
     """
     from huggingface_hub import HfApi
 
     try:
         api = HfApi()
-        api.create_repo(name, exist_ok=True)
+        api.create_repo(name, private=private, exist_ok=True)
+        if private and not api.repo_info(name).private:
+            raise InputError(f"private: everybody sees {name}, which was there; {folder} is written and not uploaded")
         return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload by clipward convert"))
+    except InputError:
+        raise
     except Exception as error:  # of the network or the hub
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"push_to_hub: {folder} is written, but the hub did not take it ({reason})") from error
