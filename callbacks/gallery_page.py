@@ -20,7 +20,7 @@ MOST_PICTURES = 50_000  # of a page, some 5 MB of metadata
 MOST_THUMBNAILS = 500  # of a page of shards, which have no file to show for a picture, some 3 MB
 THUMBNAIL = 160  # pixels
 REQUEST = {"index", "text", "seed", "guidance_weight"}
-EDIT = tuple(name for name in EDIT_FIELDS if name != "image_prompt")  # what also makes an unguided picture
+EDIT = ("class_label", *(name for name in EDIT_FIELDS if name != "image_prompt"))  # what an unguided picture has too
 
 
 def write_page(gallery: Gallery) -> None:
@@ -99,7 +99,7 @@ def _to_list(gallery: Gallery, row: dict[str, Any], texts: dict[str, int], edits
     weight, similarity = float(row["guidance_weight"]), row.get("clip_similarity")
     if not math.isfinite(weight):
         raise ValueError(f"guidance_weight: got {weight}")
-    edit = ", ".join(f"{name} {row[name]}" for name in EDIT if name in row)
+    edit = ", ".join(f"{name} {row[name]}" for name in EDIT if row.get(name) is not None)
     return [
         make_thumbnail(gallery, row) if "shard" in row else row["file_name"],
         texts.setdefault(str(row["text"]), len(texts)),

@@ -245,10 +245,10 @@ class PredictionWriter(BasePredictionWriter):
                     "text": batch["text"][i],
                     "seed": batch["seed"][i],
                     "guidance_weight": batch["guidance_weight"][i],
-                    **prediction["edit"][i],
+                    **prediction["own"][i],
                     "clip_similarity": prediction["clip_similarity"][i],
                     "float32_retries": prediction["float32_retries"][i],
-                    **{name: value for name, value in common.items() if name not in prediction["edit"][i]},
+                    **{name: value for name, value in common.items() if name not in prediction["own"][i]},
                 }
                 picture = to_picture(prediction["image"][i])
                 self.gallery.add(row, picture, [*self.frames.of[i], picture] if self.gallery.progress else ())
@@ -297,7 +297,7 @@ class PredictionWriter(BasePredictionWriter):
         columns: set[tuple[str, float | None]] = set()
         for row in self.gallery.rows():
             with suppress(KeyError, TypeError):  # a line that another one has changed
-                edit = {name: row[name] for name in EDIT_FIELDS if name in row}
+                edit = {name: row[name] for name in ("class_label", *EDIT_FIELDS) if row.get(name) is not None}
                 label = json.dumps(edit, sort_keys=True) if edit else ""
                 cell = Cell(row["seed"], row["text"], row["guidance_weight"], label)
                 place, column = (cell.seed, cell.edit), (cell.text, cell.guidance_weight)

@@ -40,6 +40,7 @@ from clipward.networks.channels import check_shown
 from clipward.networks.unet import UNet
 from clipward.weights.architecture import Architecture
 
+ClassLabel = str | int | None  # a name or a number; None is that of the settings
 Watch = Callable[[State], None]
 MASK_REPEATS = 4
 INVERSION_PASSES = 3  # of the network for each step of an inversion
@@ -244,14 +245,13 @@ class Sampler:
             return True
         return self.architecture.clip_denoised if own is None else own
 
-    @property
-    def class_label(self) -> int:
-        """The number of the class that all pictures are of; −1 for any.
+    def find_class(self, label: ClassLabel) -> int:
+        """The number of the class of a picture that has this label; −1 for any. One without is of the settings' class.
 
         Raises:
             InputError: where the model has no such class.
         """
-        given = self.config.class_label
+        given = self.config.class_label if label is None else label
         return -1 if given is None else self.architecture.find_class(given)
 
     @property
@@ -270,11 +270,12 @@ class Sampler:
         low, high = (share * len(self.schedule) for share in self.interval)
         return (low if low > 0 else -1), high  # from 0 on, the last step is guided too
 
-    def check(self, edits: Iterable[Edit | None] = (None,)) -> None:
+    def check(self, edits: Iterable[Edit | None] = (None,), labels: Iterable[ClassLabel] = (None,)) -> None:
         """Raise :class:`InputError` where the settings do not fit the model, or an edit does not fit the settings.
 
         Args:
             edits: those of the requests; one of each kind is enough.
+            labels: the class labels of the requests, each at least once.
         """
         low, high = self._times
         for edit in edits:
@@ -306,16 +307,17 @@ class Sampler:
             self.make_update(edit)
         if self.config.ddim_eta and self.scheduler.sampler != "ddim":
             raise InputError(f"ddim_eta: got {self.config.ddim_eta} without DDIM's steps, expected --ddim beside it")
-        self._check_class()
+        self._check_class(labels)
         if self.var_type == "learned_range" and not self.architecture.unet.learns_variance:
             raise InputError("var_type: got learned_range, but the network has no variance; use fixed_small")
 
-    def _check_class(self) -> None:
-        unet, label, weight = self.architecture.unet, self.class_label, self.config.class_weight
-        if weight and label < 0:
+    def _check_class(self, labels: Iterable[ClassLabel]) -> None:
+        unet, weight = self.architecture.unet, self.config.class_weight
+        numbers = {self.find_class(label) for label in labels}
+        if weight and numbers == {-1}:
             raise InputError(f"class_weight: got {weight:g} without a class, expected --class_label with it")
         if unet.num_classes is not None and not unet.null_class:
-            if label < 0:
+            if -1 in numbers:
                 raise InputError(f"class_label: got none, expected one of the {unet.num_classes} classes of this model")
             if weight:
                 raise InputError(
@@ -330,6 +332,7 @@ class Sampler:
         progress: bool = False,
         watch: Watch | None = None,
         edits: Sequence[Edit | None] | None = None,
+        labels: Sequence[ClassLabel] | None = None,
     ) -> tuple[Tensor, list[int]]:
         """:meth:`best_of_n` for as many requests at once as fit: where memory runs out, half as many from then on.
 
@@ -338,13 +341,13 @@ class Sampler:
             GuidanceError: with the position in the whole lists.
         """
         images, retries, start = [], [], 0
-        edits = edits or [None] * len(seed)
+        edits, labels = edits or [None] * len(seed), labels or [None] * len(seed)
         together = max(1, len(seed) // self.config.candidates)
         while start < len(seed):
             chunk = slice(start, start + (self._chunk or together))
             size, part = len(seed[chunk]), (text[chunk], seed[chunk], guidance_weight[chunk])
             try:
-                image, again = self.best_of_n(*part, progress, watch, edits[chunk])
+                image, again = self.best_of_n(*part, progress, watch, edits[chunk], labels[chunk])
             except GuidanceError as error:
                 position = min(error.position, size - 1)  # beyond it, the last request fills the batch
                 raise GuidanceError(start + position, error.reason) from error
@@ -377,6 +380,7 @@ class Sampler:
         progress: bool = False,
         watch: Watch | None = None,
         edits: Sequence[Edit | None] | None = None,
+        labels: Sequence[ClassLabel] | None = None,
     ) -> tuple[Tensor, list[int]]:
         """Draw ``candidates`` pictures for each text, seed and weight of three lists, and keep the best of each.
 
@@ -388,7 +392,7 @@ class Sampler:
         given = list(edits or [None] * len(seed))
         prompted = [bool(sentence) or has_picture(edit) for sentence, edit in zip(text, given, strict=True)]
         if self.config.candidates == 1 or not self._in_any_process(any(prompted)):
-            return self.sample(text, seed, guidance_weight, progress, watch, edits)
+            return self.sample(text, seed, guidance_weight, progress, watch, edits, labels)
         if not self.models.names:
             raise InputError("clip: got none, expected the name of a CLIP to choose among candidates by")
         owners = [i for i, guided in enumerate(prompted) for _ in range(self.config.candidates if guided else 1)]
@@ -397,13 +401,14 @@ class Sampler:
         groups = [slice(first, end) for first, end in zip(firsts, [*firsts[1:], len(owners)], strict=True)]
         texts, weights = [text[i] for i in owners], [guidance_weight[i] for i in owners]
         given = [given[i] for i in owners]
+        labels = labels and [labels[i] for i in owners]
 
         def watch_first(state: State) -> None:
             if watch is not None:
                 watch(State(state.x[firsts], state.x0[firsts], state.step))
 
         try:
-            image, retries = self.sample(texts, names, weights, progress, watch_first, given, groups)
+            image, retries = self.sample(texts, names, weights, progress, watch_first, given, labels, groups)
         except GuidanceError as error:
             raise GuidanceError(owners[min(error.position, len(owners) - 1)], error.reason) from error
         similarity = self.clip_similarity(image, texts, given)
@@ -419,6 +424,7 @@ class Sampler:
         progress: bool = False,
         watch: Watch | None = None,
         edits: Sequence[Edit | None] | None = None,
+        labels: Sequence[ClassLabel] | None = None,
         groups: Sequence[slice] = (),
     ) -> tuple[Tensor, list[int]]:
         """Draw one picture for each text, seed and weight of three lists; see :meth:`best_of_n`.
@@ -430,6 +436,7 @@ class Sampler:
             progress: show a bar over the steps.
             watch: called after each step with x, x̂0 and the step; without the pictures that fill up the batch.
             edits: what each picture is made from beside that, all of them of one kind (``Edit.kind``).
+            labels: the class of each picture, by name or number; that of the settings where it has none.
             groups: where the candidates of one request lie, which are resampled.
         """
         count = len(seed)
@@ -437,15 +444,16 @@ class Sampler:
         if len(list_kinds(given)) > 1:
             raise ValueError("edits: got several kinds, expected one for all pictures of a batch")
         texts, seeds, weights, given = (self._fill(values) for values in (text, seed, guidance_weight, given))
+        classes = self._fill([self.find_class(label) for label in labels or [None] * count])
         noise, edit = self._noise(seeds), given[0]
         steps = self.list_steps(edit)
         with self._sampling():
-            start, constrain = self._begin(given, noise)
+            start, constrain = self._begin(given, noise, classes)
             objectives = [
                 self._make_objectives(texts[part], seeds[part], weights[part], given[part])
                 for part in self._split(len(seeds))
             ]
-            denoise = self._make_denoiser(objectives, weights)
+            denoise = self._make_denoiser(objectives, weights, classes)
             update = self.make_update(edit)
             if groups and steps and any(each is not None for each in objectives) and self.adds_noise(edit):
                 followers = [each.follow for each in (denoise, update) if hasattr(each, "follow")]
@@ -498,7 +506,9 @@ class Sampler:
             torch.set_default_dtype(dtype)
             self.network.train(training)
 
-    def _begin(self, edits: Sequence[Edit | None], noise: Noise) -> tuple[Tensor | None, Constraint | None]:
+    def _begin(
+        self, edits: Sequence[Edit | None], noise: Noise, classes: Sequence[int]
+    ) -> tuple[Tensor | None, Constraint | None]:
         """Where a walk starts, (B, C, H, W), and what it keeps to; None for both without an init image."""
         given = [edit for edit in edits if edit is not None and edit.init_image is not None]
         if not given:
@@ -507,8 +517,9 @@ class Sampler:
         image = start = torch.stack([each.read_image(noise.shape) for each in given]).to(self.device)
         draw: Callable[[int | str], Tensor] = noise
         if edit.invert and steps:
-            inverted = self._invert(given)
-            start = torch.stack([inverted[self._inversion_key(each)][0] for each in given])
+            keys = [self._inversion_key(each, number) for each, number in zip(given, classes, strict=True)]
+            inverted = self._invert(dict(zip(keys, zip(given, classes, strict=True), strict=True)))
+            start = torch.stack([inverted[key][0] for key in keys])
             found = to_eps(image, start, steps[0].alpha_bar_t)
             draw = partial(lambda eps, _: eps, found)  # what is known comes from the same noise
         elif steps:
@@ -518,20 +529,19 @@ class Sampler:
         mask = torch.stack([each.read_mask(noise.shape) for each in given]).to(self.device)
         return start, KeepKnown(image, (edit.strength or 0) * mask, len(self.schedule), draw)
 
-    def _invert(self, edits: Sequence[Edit]) -> dict[Any, tuple[Tensor, float]]:
-        """For each edit, the x_t at which DDIM's steps without guidance lead to its picture, and by how much they miss.
+    def _invert(self, wanted: dict[Any, tuple[Edit, int]]) -> dict[Any, tuple[Tensor, float]]:
+        """For each edit and class, the x_t at which DDIM's steps without guidance lead to its picture, and the error.
 
-        What they miss it by is a root mean square, of pictures in [-1, 1].
+        The error is a root mean square, of pictures in [-1, 1].
         """
-        keys = [self._inversion_key(edit) for edit in edits]
-        missing = {key: edit for key, edit in zip(keys, edits, strict=True) if key not in self._inversions}
-        found = {key: self._inversions[key] for key in keys if key in self._inversions}
+        missing = {key: value for key, value in wanted.items() if key not in self._inversions}
+        found = {key: self._inversions[key] for key in wanted if key in self._inversions}
         if self._in_any_process(bool(missing)):
-            missing = missing or {keys[0]: edits[0]}
+            missing = missing or dict([next(iter(wanted.items()))])
             noise = self._noise(self._fill([0] * len(missing)))
-            images = [edit.read_image(noise.shape) for edit in self._fill(list(missing.values()))]
-            image = torch.stack(images).to(self.device)
-            denoise = self._make_denoiser([None] * len(self._split(len(images))), [0.0] * len(images))
+            edits, classes = zip(*self._fill(list(missing.values())), strict=True)
+            image = torch.stack([edit.read_image(noise.shape) for edit in edits]).to(self.device)
+            denoise = self._make_denoiser([None] * len(self._split(len(image))), [0.0] * len(image), classes)
             steps = self.list_steps(edits[0], repeats=1)
             up = [step for step in reversed(steps) for _ in range(INVERSION_PASSES)]
             *_, top = self._walk(denoise, up, Inversion(), noise, image)
@@ -541,19 +551,20 @@ class Sampler:
         self._inversions = dict([*self._inversions.items(), *found.items()][-max(MOST_INVERSIONS, len(found)) :])
         return found
 
-    def _inversion_key(self, edit: Edit) -> tuple[Any, ...]:
-        return hash_source(edit.init_image or ""), edit.outpaint, edit.strength, repr(self.config)
+    def _inversion_key(self, edit: Edit, number: int) -> tuple[Any, ...]:
+        return hash_source(edit.init_image or ""), edit.outpaint, edit.strength, number, repr(self.config)
 
-    def describe(self, edit: Edit | None) -> dict[str, Any]:
-        """How an edited picture is made otherwise than :meth:`settings` says, and what was given for it."""
+    def describe(self, edit: Edit | None, label: ClassLabel = None) -> dict[str, Any]:
+        """How a picture is made otherwise than :meth:`settings` says, and what was given for it."""
+        record = self._describe_class(label)
         if edit is None:
-            return {}
-        record = edit.to_record()
+            return record
+        record |= edit.to_record()
         if edit.masked:
             record["repeats"] = self.repeats(edit)
         if edit.invert:
             record["sampler"] = "ddim(eta=0)"
-            key = self._inversion_key(edit)
+            key = self._inversion_key(edit, self.find_class(label))
             record["round_trip_error"] = self._inversions[key][1] if key in self._inversions else None
         return record
 
@@ -588,19 +599,26 @@ class Sampler:
             return None
         return self.models.objectives(self.method, text, self._noise(seed), self.device, edits)
 
-    def _make_denoiser(self, objectives: Sequence[Objectives | None], weight: Sequence[float]) -> SplitDenoiser:
-        """What denoises one picture for each weight, with the objectives of each part of the batch."""
+    def _make_denoiser(
+        self, objectives: Sequence[Objectives | None], weight: Sequence[float], classes: Sequence[int]
+    ) -> SplitDenoiser:
+        """What denoises one picture for each weight and class, with the objectives of each part of the batch."""
         parts = self._split(len(weight))
         weights = torch.tensor(weight, device=self.device)
-        denoisers = [self._guided_denoiser(each, weights[part]) for part, each in zip(parts, objectives, strict=True)]
+        denoisers = [
+            self._guided_denoiser(each, weights[part], classes[part])
+            for part, each in zip(parts, objectives, strict=True)
+        ]
         return SplitDenoiser(denoisers, parts[0].stop)
 
-    def _guided_denoiser(self, objectives: Objectives | None, weight: Tensor) -> GuidedDenoiser:
-        """What denoises one picture for each weight, (B,); without objectives, unguided."""
+    def _guided_denoiser(self, objectives: Objectives | None, weight: Tensor, classes: Sequence[int]) -> GuidedDenoiser:
+        """What denoises one picture for each weight, (B,), and each class; without objectives, unguided."""
         network: Callable[[Tensor, Tensor], Tensor] = self.network
         if self.architecture.unet.num_classes is not None:
             channels = self.architecture.unet.image_channels
-            network = ClassConditional(self.network, channels, self.class_label, self.config.class_weight)
+            of_a_class = self._in_any_process(any(number >= 0 for number in classes))
+            label = torch.tensor(classes, device=self.device)
+            network = ClassConditional(self.network, channels, label, self.config.class_weight if of_a_class else 0.0)
         denoise = NetworkDenoiser(network, self.architecture.parametrisation, self.var_type)
         guidances: list[Guidance] = []
         place = self.method.clamp if self.clip_denoised else "never"
@@ -676,10 +694,12 @@ class Sampler:
     def _in_any_process(self, here: bool) -> bool:
         return here if self._any_process is None else self._any_process(here)
 
-    def _describe_class(self) -> dict[str, Any]:
+    def _describe_class(self, label: ClassLabel = None) -> dict[str, Any]:
         if self.architecture.unet.num_classes is None:
             return {}
-        return {"class_label": self.config.class_label, "class_weight": self.config.class_weight}
+        number, names = self.find_class(label), self.architecture.class_names
+        known = None if number < 0 else names[number] if names else number
+        return {"class_label": known, "class_weight": self.config.class_weight}
 
     def _describe_scheduler(self) -> dict[str, Any]:
         """Which settings the weights chose, and not a person, where they have a choice of their own."""

@@ -28,11 +28,11 @@ class PromptDataModule(L.LightningDataModule):
         seed: the first seed. Pictures of one seed start from the same noise.
         unguided: whether to draw each seed without guidance too, ahead of its texts.
         prompts: where requests stand, in place of ``text``: a ``.txt`` file with a text a line, used as ``text`` is; or
-            rows that have ``text`` and may have ``seed``, ``guidance_weight`` and the arguments of an edit, and nothing
-            else, each a request (``n_samples`` seeds of it where it names no seed): a ``.jsonl`` file, a ``.parquet``
-            file, a data set on the hub, or in Python what gives dictionaries whenever it is iterated, such as a
-            streaming set of ``datasets``. Files are checked as a whole first and then read row by row; a stream is
-            checked as it comes.
+            rows that have ``text`` and may have ``seed``, ``guidance_weight``, ``class_label`` and the arguments of an
+            edit, and nothing else, each a request (``n_samples`` seeds of it where it names no seed): a ``.jsonl``
+            file, a ``.parquet`` file, a data set on the hub, or in Python what gives dictionaries whenever it is
+            iterated, such as a streaming set of ``datasets``. Files are checked as a whole first and then read row by
+            row; a stream is checked as it comes.
         micro_batch: pictures that are sampled at once on each device; ``auto`` is as many as fit on a GPU, and 16
             on a CPU.
         first_index: the number of the first picture, whose file has it as its name; not with ``prompts``.
@@ -106,6 +106,10 @@ class PromptDataModule(L.LightningDataModule):
         """One edit of each kind that the requests have; None stands for pictures without any."""
         return list_kinds(self.requests.edits())
 
+    def list_labels(self) -> list[str | int | None]:
+        """The class labels of the requests; None stands for that of the run."""
+        return list(dict.fromkeys(self.requests.labels()))
+
     def guiding_texts(self) -> Iterator[str]:
         """The texts of all requests that are guided, each at least once."""
         return self.requests.guiding_texts()
@@ -125,6 +129,8 @@ class PromptDataModule(L.LightningDataModule):
         """
         if any(edit is not None for edit in self.list_kinds()):
             raise InputError("init_image: test judges pictures that texts alone make, expected none; use predict")
+        if self.list_labels() != [None]:
+            raise InputError("class_label: test draws one class, expected --class_label and none in rows; use predict")
         plain = {request.seed: replace(request, text="") for request in self.requests if not request.guidance_weight}
         guided = [request for request in self.requests if request.guidance_weight]
         return self._loader([*plain.values(), *sorted(guided, key=lambda request: request.guidance_weight)])
@@ -146,8 +152,8 @@ class Dealt(IterableDataset):
 
     Each round takes world × micro_batch requests and gives every process as many as the others. What is missing to
     that is made up for by copies that are not ``valid``, so that processes which work on one network together stay in
-    step: a batch is a list for each of ``index``, ``text``, ``seed``, ``guidance_weight``, ``edit`` and ``valid``. The
-    edits of a round are of one kind, so what comes between waits for more of its kind, or for the end.
+    step: a batch is a list for each field of a :class:`Request`, and one for ``valid``. The edits
+    of a round are of one kind, so what comes between waits for more of its kind, or for the end.
 
     Args:
         requests: all of them, in an order that is the same in every process.

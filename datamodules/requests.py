@@ -10,7 +10,7 @@ from clipward.editing import EDIT_FIELDS, Edit
 from clipward.errors import InputError, list_names, shorten
 from clipward.texts import split_text
 
-FIELDS = ("text", "seed", "guidance_weight", *EDIT_FIELDS)
+FIELDS = ("text", "seed", "guidance_weight", "class_label", *EDIT_FIELDS)
 MOST_SEED = 2**63 - 1  # parquet has no larger whole numbers
 MOST_WEIGHT = 1e38  # float32 ends at 3.4e38
 # Control characters but white space, a byte order mark, and halves of characters, which no file can hold.
@@ -28,6 +28,7 @@ class Request:
         seed: from 0 to 2**63 − 1.
         guidance_weight: a finite number; 0 is unguided.
         edit: the pictures that it is made from.
+        class_label: the name or the number of its class, for a model of classes; None is that of the run.
 
     Raises:
         InputError: for anything else.
@@ -38,11 +39,13 @@ class Request:
     seed: int
     guidance_weight: float
     edit: Edit | None = None
+    class_label: str | int | None = None
 
     def __post_init__(self) -> None:
         found = check_request(self.text, self.seed, self.guidance_weight, self.edit)
         for name, value in zip(("text", "seed", "guidance_weight"), found, strict=True):
             object.__setattr__(self, name, value)
+        object.__setattr__(self, "class_label", check_label(self.class_label))
 
 
 def check_request(text: Any, seed: Any, guidance_weight: Any, edit: Edit | None = None) -> tuple[str, int, float]:
@@ -76,6 +79,24 @@ def check_text(value: Any) -> str:
     return str(value)
 
 
+def check_label(value: Any) -> str | int | None:
+    """The name or the number of a class, or None; which classes there are, the model knows.
+
+    Raises:
+        InputError: for what is neither.
+    """
+    if value is None or isinstance(value, str):
+        return value
+    if not _is_whole(value):
+        raise InputError(f"class_label: got {shorten(value)}, expected the name or the number of a class")
+    return int(value)
+
+
+def _is_whole(value: Any) -> bool:
+    whole = isinstance(value, Integral) or (isinstance(value, float) and value.is_integer() and value < 2**53)
+    return whole and not isinstance(value, bool)
+
+
 def check_seed(value: Any) -> int:
     """A seed; whole numbers that a table keeps as 3.0 are taken too.
 
@@ -84,8 +105,7 @@ def check_seed(value: Any) -> int:
     """
     if type(value) is int and 0 <= value <= MOST_SEED:
         return value
-    whole = isinstance(value, Integral) or (isinstance(value, float) and value.is_integer() and value < 2**53)
-    if not whole or isinstance(value, bool) or not 0 <= value <= MOST_SEED:
+    if not _is_whole(value) or not 0 <= value <= MOST_SEED:
         raise InputError(f"seed: got {shorten(value)}, expected a whole number from 0 to 2**63 - 1")
     return int(value)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from clipward.datamodules.edits import Edits
 from clipward.datamodules.loading import load_from_hub
-from clipward.datamodules.requests import FAULTY, Request, check_columns, check_request, check_text
+from clipward.datamodules.requests import FAULTY, Request, check_columns, check_label, check_request, check_text
 from clipward.editing import Edit
 from clipward.errors import InputError, first_line, shorten
 from clipward.texts import MARKS
@@ -18,7 +18,8 @@ EXPECTED = "a .txt, .jsonl or .parquet file or the name of a data set on the hub
 EXAMPLE = '{"text": "a man", "seed": 1}'
 MOST_BYTES = 2**20  # of a line in a file
 
-Part = tuple[str, Sequence[int], Sequence[float], Sequence[Edit | None]]
+Label = str | int | None
+Part = tuple[str, Sequence[int], Sequence[float], Sequence[Edit | None], Label]
 
 
 class Product:
@@ -79,12 +80,17 @@ class Product:
         """Those of the requests."""
         return iter(self._edits)
 
+    def labels(self) -> Iterator[Label]:
+        """The class labels of the requests, each at least once."""
+        return iter([None])
+
 
 class Rows:
     """The requests of rows that come one after another, as many as there are.
 
     Args:
-        rows: mappings with ``text``, and ``seed``, ``guidance_weight`` and an edit where they have their own.
+        rows: mappings with ``text``, and ``seed``, ``guidance_weight``, ``class_label`` and an edit where they have
+            their own.
         weights: of a row that has none.
         seeds: likewise.
         edits: likewise.
@@ -107,30 +113,34 @@ class Rows:
 
     def __iter__(self) -> Iterator[Request]:
         index = 0
-        for text, seeds, weights, edits in self._parts():
+        for text, seeds, weights, edits, label in self._parts():
             for seed in seeds:
                 for edit in edits:
                     for weight in weights:
-                        yield Request(index, text, seed, weight, edit)
+                        yield Request(index, text, seed, weight, edit, label)
                         index += 1
 
     def guiding_texts(self) -> Iterator[str]:
         """The texts of all requests that are guided, each at least once."""
-        return (text for text, _, weights, _ in self._parts() if any(weights))
+        return (text for text, _, weights, *_ in self._parts() if any(weights))
 
     def has_texts(self) -> bool:
         """Whether a picture is compared with a text, or with a picture in its place."""
         return any(
             text or any(edit is not None and edit.image_prompt is not None for edit in edits)
-            for text, _, _, edits in self._parts()
+            for text, _, _, edits, _ in self._parts()
         )
 
     def edits(self) -> Iterator[Edit | None]:
         """Those of the requests."""
-        return (edit for *_, edits in self._parts() for edit in edits)
+        return (edit for *_, edits, _ in self._parts() for edit in edits)
+
+    def labels(self) -> Iterator[Label]:
+        """The class labels of the requests, each at least once."""
+        return (label for *_, label in self._parts())
 
     def _parts(self) -> Iterator[Part]:
-        """The text, the seeds, the weights and the edits of each row, checked."""
+        """The text, the seeds, the weights, the edits and the class label of each row, checked."""
         number = 0
         for number, row in self._numbered():
             try:
@@ -154,7 +164,7 @@ class Rows:
         text, edits = row.get("text", "" if "image_prompt" in row else None), self._edits.of_row(row)
         for each in weights:
             check_request(text, seeds[0], each, edits[0])
-        return text, seeds, weights, edits
+        return text, seeds, weights, edits, check_label(row.get("class_label"))
 
 
 class Counted(Rows):
@@ -163,13 +173,18 @@ class Counted(Rows):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.count, kinds = 0, set()
-        for _, seeds, weights, edits in self._parts():
+        self._labels: set[Label] = set()
+        for _, seeds, weights, edits, label in self._parts():
             self.count += len(seeds) * len(weights) * len(edits)
             kinds |= {edit and edit.kind for edit in edits}
+            self._labels.add(label)
         self.kinds = len(kinds)  # of edits
 
     def __len__(self) -> int:
         return self.count
+
+    def labels(self) -> Iterator[Label]:
+        return iter(self._labels)
 
 
 Requests = Product | Rows

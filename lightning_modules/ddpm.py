@@ -25,7 +25,7 @@ from clipward.lightning_modules.reproducible import Reproducible
 from clipward.networks.channels import check_shown
 from clipward.networks.sharding import fill, full_state, own_parameters, shard
 from clipward.networks.unet import UNet
-from clipward.sampler import Sampler, SamplingConfig, Watch
+from clipward.sampler import ClassLabel, Sampler, SamplingConfig, Watch
 from clipward.weights.architecture import Architecture, Weights
 from clipward.weights.load import load_weights, save_weights
 
@@ -74,6 +74,8 @@ class HasRequests(Protocol):
         ...
 
     def list_kinds(self) -> list[Edit | None]: ...
+
+    def list_labels(self) -> list[ClassLabel]: ...
 
 
 @runtime_checkable
@@ -166,7 +168,8 @@ class DDPMModule(Reproducible):
         self.schedule = self.sampler.schedule
         if self._trainer is not None and (self.trainer.predicting or self.trainer.testing):
             data = self.trainer.datamodule
-            self.sampler.check(data.list_kinds() if isinstance(data, HasRequests) else [None])
+            known = isinstance(data, HasRequests)
+            self.sampler.check(data.list_kinds() if known else [None], data.list_labels() if known else [None])
             check_shown(self.architecture.unet.image_channels)
         else:
             self.sampler.make_update()  # which the weights may ask for in vain
@@ -308,13 +311,13 @@ class DDPMModule(Reproducible):
     # sampling
 
     def predict_step(self, batch: dict[str, list], batch_idx: int) -> dict[str, Any]:
-        """Make the pictures of a batch of requests (a list for each of index, text, seed, guidance_weight and edit).
+        """Make the pictures of a batch of requests (a list for each field of a request).
 
         Returns:
             ``image``: (B, C, H, W) in [-1, 1]; ``clip_similarity``: a cosine for each picture that has a text, else
             None; ``float32_retries``: for each picture, the number of steps that were computed again in float32;
-            ``edit``: for each picture, what was given to edit and how that was done; ``provenance``: what all pictures
-            of this run have in common.
+            ``own``: for each picture, its class and what was edited and how, where it has them of its own;
+            ``provenance``: what all pictures of this run have in common.
         """
         # Gradients are needed here, and Lightning's Trainer predicts in inference mode by default.
         with torch.inference_mode(False), torch.enable_grad():
@@ -323,7 +326,7 @@ class DDPMModule(Reproducible):
             try:
                 request = batch["text"], batch["seed"], batch["guidance_weight"]
                 image, retries = self.sampler.sample_in_chunks(
-                    *request, self._shows_progress, self._watch, edits=batch["edit"]
+                    *request, self._shows_progress, self._watch, edits=batch["edit"], labels=batch["class_label"]
                 )
             except GuidanceError as error:
                 where = ", ".join(f"{name!r}: {shorten(values[error.position])}" for name, values in batch.items())
@@ -332,7 +335,7 @@ class DDPMModule(Reproducible):
                 "image": image,
                 "clip_similarity": self.sampler.clip_similarity(image, batch["text"], batch["edit"]),
                 "float32_retries": retries,
-                "edit": [self.sampler.describe(edit) for edit in batch["edit"]],
+                "own": [self.sampler.describe(*each) for each in zip(batch["edit"], batch["class_label"], strict=True)],
                 "provenance": self.provenance(),
             }
 

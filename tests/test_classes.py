@@ -137,7 +137,7 @@ def test_the_guided_score_is_that_of_the_class_plus_w_times_that_of_the_classifi
     schedule = Schedule.from_name("cosine", 100)
     mixture, w = Mixture(schedule), 1.5
     x, t = torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(9, 1, 1, 1), torch.full((9,), 40)
-    found = ClassConditional(mixture, 1, label=1, weight=w)(x, t)
+    found = ClassConditional(mixture, 1, torch.ones_like(t), weight=w)(x, t)
     at = x.clone().requires_grad_()
     log_joint = torch.stack([mixture.log_density(at, 40, c) for c in (0, 1)])
     log_classifier = log_joint.log_softmax(dim=0)[1]
@@ -148,7 +148,9 @@ def test_the_guided_score_is_that_of_the_class_plus_w_times_that_of_the_classifi
 @pytest.mark.parametrize(("weight", "label"), [(0.0, 1), (0.0, 0), (0.0, -1), (2.0, 1)])
 def test_samples_are_of_the_class(weight: float, label: int) -> None:
     schedule = Schedule.from_name("cosine", 100)
-    denoise = NetworkDenoiser(ClassConditional(Mixture(schedule), 1, label, weight), "eps", "fixed_small")
+    denoise = NetworkDenoiser(
+        ClassConditional(Mixture(schedule), 1, torch.full((4,), label), weight), "eps", "fixed_small"
+    )
     noise = Noise(range(4), (1, 32, 32))
     *_, last = sample(denoise, schedule.steps(100, "uniform"), ancestral, noise)
     found, count = last.x, last.x.numel()
@@ -164,7 +166,7 @@ def test_the_gradient_of_a_text_goes_through_both_passes() -> None:
     """Against finite differences of the objective of the mixed prediction, in float64."""
     schedule = Schedule.from_name("cosine", 100)
     step = schedule.steps(10, "uniform")[4]
-    conditional = ClassConditional(Mixture(schedule), 1, label=0, weight=1.3)
+    conditional = ClassConditional(Mixture(schedule), 1, torch.tensor([0]), weight=1.3)
     denoise = NetworkDenoiser(conditional, "eps", "fixed_small")
 
     def objective(image: Tensor, step: object) -> Tensor:
@@ -196,7 +198,8 @@ def test_a_learned_variance_is_that_of_the_class() -> None:
         value = 1.0 + label.float()[:, None, None, None]
         return torch.cat([value.expand_as(x), 10 * value.expand_as(x)], dim=1)
 
-    output = ClassConditional(network, 3, label=2, weight=0.5)(torch.zeros(1, 3, 2, 2), torch.zeros(1).long())
+    label = torch.tensor([2])
+    output = ClassConditional(network, 3, label, weight=0.5)(torch.zeros(1, 3, 2, 2), torch.zeros(1).long())
     assert output[0, :3].unique().tolist() == [3 + 0.5 * 3]
     assert output[0, 3:].unique().tolist() == [30]
 
@@ -217,6 +220,23 @@ def test_pictures_depend_on_the_class_and_its_weight() -> None:
     ]
     assert all(not torch.equal(one, other) for i, one in enumerate(drawn) for other in drawn[:i])
     assert torch.equal(drawn[2], make_sampler(class_label=1).sample([""], [0], [0.0])[0])
+
+
+def test_each_picture_of_a_batch_may_have_a_class_of_its_own() -> None:
+    labels = ["a", None, 2, "b"]  # None is that of the settings, here any class
+    sampler = make_sampler(class_weight=1.5)
+    sampler.check(labels=labels)
+    together, _ = sampler.best_of_n([""] * 4, [0] * 4, [0.0] * 4, labels=labels)
+    for image, label in zip(together, labels, strict=True):
+        weight = 0.0 if label is None else 1.5
+        alone, _ = make_sampler(class_label=label, class_weight=weight).sample([""], [0], [0.0])
+        torch.testing.assert_close(image, alone[0])
+    assert len({image.numpy().tobytes() for image in together}) == 4
+    sampler = make_sampler(class_label="b")
+    drawn, _ = sampler.sample([""] * 2, [0] * 2, [0.0] * 2, labels=[None, 1])
+    assert torch.equal(drawn[0], drawn[1])
+    with pytest.raises(InputError, match="class_label: got 3, expected one of a, b, c"):
+        sampler.check(labels=["a", 3])
 
 
 @pytest.mark.parametrize(
@@ -268,10 +288,25 @@ def test_train_and_draw_a_class_by_its_name(
     flags = ["--model.network.unet.num_classes", "5", "--data.classes", "hair"]
     main(["fit", "-c", config, *flags, "--model.save_path", "own.safetensors"])
     assert load_weights("own.safetensors").architecture.class_names == ATTRIBUTES["hair"]
-    draw = ["predict", "-c", config, "--weights", "own.safetensors", "--n_samples", "1", "--text", "a man"]
-    main([*draw, "--class_label", "red", "--class_weight", "1.5", "--save_dir", "out"])
-    assert [(row["class_label"], row["class_weight"]) for row in metadata(tmp_path / "out")] == [("red", 1.5)] * 2
-    with pytest.raises(SystemExit, match="class_label: got 'green', expected one of black, brown"):
-        main([*draw, "--class_label", "green", "--save_dir", "none"])
+    rows: list[dict] = [{"text": "a man", "class_label": "red"}, {"text": "", "guidance_weight": 0}]
+    rows.append({"text": "a man", "class_label": 3})
+    flags = ["--prompts", "rows.jsonl", "--class_label", "black", "--class_weight", "1.5", "--n_samples", "1"]
+    draw = ["predict", "-c", config, "--weights", "own.safetensors", *flags]
+
+    def write(rows: list[dict]) -> None:
+        Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    write(rows)
+    main([*draw, "--save_dir", "out"])
+    expected = [("red", 1.5), ("black", 1.5), (ATTRIBUTES["hair"][3], 1.5)]
+    assert [(row["class_label"], row["class_weight"]) for row in metadata(tmp_path / "out")] == expected
+    main(["predict", "--again", "out/000002.png", "--save_dir", "again"])
+    assert Path("again/000002.png").read_bytes() == Path("out/000002.png").read_bytes()
+    for label, message in (
+        ("green", "class_label: got 'green', expected one of black, brown"),
+        (1.5, "prompts: row 4 of 'rows.jsonl': class_label: got 1.5, expected the name or the number of a class"),
+    ):
+        write([*rows, {"text": "a man", "class_label": label}])
+        with pytest.raises(SystemExit, match=message):
+            main([*draw, "--save_dir", "none"])
     assert not Path("none").exists()
-    assert json.loads((tmp_path / "out/metadata.jsonl").read_text().splitlines()[0])["seed"] == 0

@@ -101,6 +101,7 @@ def test_batches_are_lists_and_leave_out_what_is_done() -> None:
             "seed": [0, 2],
             "guidance_weight": [9, 9],
             "edit": [None, None],
+            "class_label": [None, None],
             "valid": [True, True],
         }
     ]

@@ -78,20 +78,21 @@ class ClassConditional:
     Args:
         network: maps x_t, t and (B,) labels, −1 for any class, to its output.
         channels: of x_t; the output may have a variance behind them.
-        label: the class of all images; −1 for any.
+        label: (B,), the class of each image; −1 for any, to which the weight means nothing.
         weight: w.
     """
 
-    def __init__(self, network: Callable[..., Tensor], channels: int, label: int, weight: float) -> None:
+    def __init__(self, network: Callable[..., Tensor], channels: int, label: Tensor, weight: float) -> None:
         self.network, self.channels, self.label, self.weight = network, channels, label, weight
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        output = self.network(x, t, torch.full_like(t, self.label))
-        if self.weight == 0 or self.label < 0:
+        output = self.network(x, t, self.label)
+        if self.weight == 0:
             return output
         output, other = output.float(), self.network(x, t, torch.full_like(t, -1)).float()[:, : self.channels]
         mean, rest = output[:, : self.channels], output[:, self.channels :]
-        return torch.cat([mean + self.weight * (mean - other), rest], dim=1)
+        guided = mean + self.weight * (mean - other)
+        return torch.cat([torch.where(self.label[:, None, None, None] < 0, mean, guided), rest], dim=1)
 
 
 class NetworkDenoiser:
