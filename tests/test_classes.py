@@ -47,7 +47,9 @@ def test_diffusers_has_the_same_network_both_ways(null_class: bool, tmp_path: Pa
     expected = theirs(x, t, torch.where(label < 0, 3, label)).sample
     torch.testing.assert_close(network(x, t, label), expected)
     back = load_weights(tmp_path / "theirs")
-    assert back.architecture == given
+    assert back.architecture == replace(
+        given, scheduler=replace(given.scheduler, skip_type="leading")
+    )  # diffusers' own
     own = UNet(back.architecture.unet).eval()
     back.into(own)
     torch.testing.assert_close(own(x, t, label), expected)
