@@ -174,25 +174,28 @@ class Gallery:
         """The files of pictures that lines of metadata name, whether they are there or not."""
         return {name for _, _, row in self._lines() for name in (file_of(row), *progress_of(row)) if name is not None}
 
-    def find_stranger(self, done: Set[int], count: int | None) -> str | None:
+    def find_stranger(self, done: Set[int], count: int | None, first: int = 0) -> str | None:
         """Find a file that has a name which will be written, and that is not of this class.
 
         Args:
             done: the indices of pictures that will not be written.
-            count: all pictures; None where that is not known.
+            count: the index after the last; None where that is not known.
+            first: the index of the first picture.
         """
+
+        def is_expected(index: int) -> bool:
+            return index >= first and index not in done and (count is None or index < count)
+
         ours = self.names()
         for name, index in self._taken():
-            expected = index not in done and (count is None or index < count)
-            if expected and name not in ours and read_mark(self.path / name).get("file_name") != name:
+            if is_expected(index) and name not in ours and read_mark(self.path / name).get("file_name") != name:
                 return name
         if self.progress and os.path.lexists(self.path / PROGRESS):
             if not (self.path / PROGRESS).is_dir() or (self.path / PROGRESS).is_symlink():
                 return PROGRESS
             for path in (self.path / PROGRESS).rglob("*"):
                 name, index = str(path.relative_to(self.path)), int(path.stem) if path.stem.isdecimal() else -1
-                expected = index not in done and index >= 0 and (count is None or index < count)
-                if expected and name in progress_names(index).values() and name not in ours:
+                if is_expected(index) and name in progress_names(index).values() and name not in ours:
                     return name
         if os.path.lexists(self.path / GRID) and not read_mark(self.path / GRID):
             return GRID

@@ -136,7 +136,7 @@ class PredictionWriter(BasePredictionWriter):
         if self.save_dir.exists():
             first = getattr(requests, "first", 0)
             count = first + len(requests) if isinstance(requests, Sized) else None
-            stranger = self.gallery.find_stranger(done | set(range(first)), count)
+            stranger = self.gallery.find_stranger(done, count, first)
             if stranger is not None:
                 raise InputError(
                     f"save_dir: {self.save_dir / stranger} is there and was not written by predict; move it or use "

@@ -1,6 +1,7 @@
 """Guided sampling in Python: ``clipward.load("faces64").sample(["an old man with a smile"])``."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -13,12 +14,14 @@ from torch import Tensor
 from clipward.allocator import keep_freed_memory
 from clipward.diffusion.schedule import Schedule
 from clipward.editing import Edit
-from clipward.errors import InputError
+from clipward.errors import InputError, shorten
 from clipward.files import CHECKPOINTS, CONFIGS, SHIPPED
 from clipward.guidance.models import GuidanceConfig, GuidanceModels
 from clipward.networks.channels import check_shown
 from clipward.networks.unet import UNet
 from clipward.sampler import Sampler, SamplingConfig, Watch, to_picture
+from clipward.texts import check_text
+from clipward.values import check_seed, check_weight, fits
 from clipward.weights.architecture import Architecture
 from clipward.weights.load import load_weights
 
@@ -115,31 +118,38 @@ class Model:
             InputError: for a setting out of its range, or a text that is empty or too long for the CLIP.
             GuidanceError: where the guidance has no gradient, or one that is not finite.
         """
-        texts = [text] if isinstance(text, str) else list(text)
-        if n_samples < 1:
-            raise InputError(f"n_samples: got {n_samples}, expected 1 or more")
-        sampling, editing = ({field.name for field in fields(config)} for config in (SamplingConfig, Edit))
-        unknown = settings.keys() - sampling - editing
-        if unknown:
-            known = ", ".join(field.name for config in (SamplingConfig, Edit) for field in fields(config))
-            raise InputError(f"sampling: got {sorted(unknown)[0]}, expected one of {known}")
+        if not isinstance(text, Sequence):
+            raise InputError(f"text: got {shorten(text)}, expected a sentence or a list of sentences")
+        texts = [check_text(each) for each in ([text] if isinstance(text, str) else text)]
+        if not fits(int, n_samples) or n_samples < 1:
+            raise InputError(f"n_samples: got {shorten(n_samples)}, expected 1 or more")
+        seed = check_seed(seed)
+        check_seed(seed + n_samples - 1)
+        if callback is not None and not callable(callback):
+            raise InputError(f"callback: got {shorten(callback)}, expected a function of a State")
+        sampling, editing = (names_of(config) for config in (SamplingConfig, Edit))
+        check_names(settings, SamplingConfig, Edit)
         given = {name: value for name, value in settings.items() if name in editing}
         edit = Edit(**given) if given else None
         before, models = self.sampler.config, self.sampler.models
         guidance = models.config
-        self.sampler.config = replace(before, **{name: settings[name] for name in settings.keys() & sampling})
+        self.sampler.config = replace(before, **{name: settings[name] for name in sampling if name in settings})
         if negative_text is not None:
             models.config = replace(guidance, negative_text=negative_text)
         try:
-            self.sampler.check([edit])
-            if not return_tensors:
-                check_shown(self.architecture.unet.image_channels)
-            weight = self.sampler.method.weight if guidance_weight is None else float(guidance_weight)
+            weight = self.sampler.method.weight if guidance_weight is None else check_weight(guidance_weight)
             requests = [
                 (sentence, each, weight if sentence or "image_prompt" in given else 0.0)
                 for sentence in texts or [""]
                 for each in range(seed, seed + n_samples)
             ]
+            self.sampler.check([edit])
+            if negative_text and not any(weight for *_, weight in requests):
+                raise InputError(
+                    f"negative_text: got {shorten(negative_text)}, but no picture is guided; give a text too"
+                )
+            if not return_tensors:
+                check_shown(self.architecture.unet.image_channels)
             images = [
                 self._draw(requests[start : start + MICRO_BATCH], progress, callback, edit)
                 for start in range(0, len(requests), MICRO_BATCH)
@@ -200,18 +210,50 @@ def load(
         "contrasts": contrasts,
         "neutral": neutral,
     }
-    given = {key: value for key, value in given.items() if value is not None}
+    given = {
+        key: str(value) if isinstance(value, os.PathLike) else value
+        for key, value in given.items()
+        if value is not None
+    }
+    check_names(sampling, SamplingConfig)
     guidance = GuidanceConfig(**{**shipped.get("guidance", {}), **given})
     config = SamplingConfig(**{**shipped.get("sampling", {}), **sampling})
+    place = find_device(device)
     loaded = load_weights(name, use_ema)
     network = UNet(loaded.architecture.unet)
     loaded.into(network)
     network.requires_grad_(False).eval()
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     network.to(place)
     if compile:
         network.compile()
     return Model(Sampler(network, loaded.architecture, GuidanceModels(guidance, compiled=compile), config))
+
+
+def names_of(config: type) -> list[str]:
+    """The fields of a dataclass."""
+    return [field.name for field in fields(config)]
+
+
+def check_names(given: Mapping[str, Any], *configs: type) -> None:
+    """Raise :class:`InputError` for a name that no field of the ``configs`` has."""
+    known = [name for config in configs for name in names_of(config)]
+    unknown = next((name for name in given if name not in known), None)
+    if unknown is not None:
+        raise InputError(f"sampling: got {unknown}, expected one of {', '.join(known)}")
+
+
+def find_device(device: str | torch.device | None) -> torch.device:
+    """A device of this machine; by default a GPU where there is one, else the CPU.
+
+    Raises:
+        InputError: where there is no such device.
+    """
+    try:
+        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=place)
+    except (AssertionError, RuntimeError, TypeError) as error:
+        raise InputError(f"device: got {shorten(device)}, expected one of this machine, such as cpu") from error
+    return place
 
 
 def _settings_of(name: str) -> dict[str, Any]:

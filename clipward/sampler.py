@@ -38,6 +38,7 @@ from clipward.guidance.objectives import Objectives
 from clipward.guidance.weight_schedule import ScheduledGuidance, WeightSchedule
 from clipward.networks.channels import check_shown
 from clipward.networks.unet import UNet
+from clipward.values import check_types
 from clipward.weights.architecture import Architecture
 
 ClassLabel = str | int | None  # a name or a number; None is that of the settings
@@ -45,6 +46,7 @@ Watch = Callable[[State], None]
 MASK_REPEATS = 4
 INVERSION_PASSES = 3  # of the network for each step of an inversion
 SMALL = 128 * 128  # pixels below which a CPU is faster where it computes several pictures at once
+MOST_TOGETHER = 1024  # pictures that must be drawn at once, and walks of one step
 MOST_INVERSIONS = 64  # kept, since many requests may edit one picture
 
 
@@ -102,10 +104,11 @@ class SamplingConfig:
     batch_multiple: int | None = None
 
     def __post_init__(self) -> None:
+        check_types(self, "sampling")
         for name in ("batch_multiple", "candidates", "repeats"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"sampling.{name}: got {value}, expected 1 or more")
+            if value is not None and not 1 <= value <= MOST_TOGETHER:
+                raise InputError(f"sampling.{name}: got {shorten(value)}, expected 1 to {MOST_TOGETHER}")
         if self.interval is not None and not 0 <= self.interval[0] < self.interval[1] <= 1:
             raise InputError(f"sampling.interval: got {self.interval}, expected two rising numbers from 0 to 1")
         if self.weight_schedule is not None:

@@ -3,11 +3,15 @@
 import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from clipward.errors import InputError, shorten
 
 TOKEN = re.compile(r"\\[|:\\]|.", re.DOTALL)  # an escaped character, or any character
+MOST_PARTS = 100
 MARKS = re.compile(r"[|:\\]")  # without any of these a text is one sentence
+# control characters but white space, a byte order mark, and halves of characters, which no file can hold
+FAULTY = re.compile("[\x00-\x08\x0e-\x1f\x7f\ufeff\ud800-\udfff]")
 NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)")
 
 
@@ -17,6 +21,22 @@ class Part:
 
     text: str
     weight: float = 1.0
+
+
+def check_text(value: Any) -> str:
+    """A text that any file can hold.
+
+    Raises:
+        InputError: for what is no text, or has control characters, a byte order mark or half a character (a surrogate),
+            and for parts and weights that can't be read.
+    """
+    if not isinstance(value, str):
+        raise InputError(f"text: got {shorten(value)}, expected a sentence")
+    found = FAULTY.search(value)
+    if found:
+        raise InputError(f"text: got {shorten(value)}, expected one without the character U+{ord(found.group()):04X}")
+    split_text(value)
+    return str(value)
 
 
 def split_text(text: str) -> list[Part]:
@@ -31,7 +51,7 @@ def split_text(text: str) -> list[Part]:
         the parts; none of an empty text.
 
     Raises:
-        InputError: where one of several parts is empty, or a weight is 0 or too large.
+        InputError: where one of several parts is empty, or a weight is 0 or too large, and for more than 100 parts.
     """
     if not text.strip():
         return []
@@ -43,6 +63,8 @@ def split_text(text: str) -> list[Part]:
             parts.append([])
         else:
             parts[-1].append(token)
+    if len(parts) > MOST_PARTS:
+        raise InputError(f"text: {shorten(text)} has {len(parts)} parts, expected at most {MOST_PARTS}")
     return [_read(tokens, number, len(parts), text) for number, tokens in enumerate(parts, start=1)]
 
 

@@ -9,10 +9,11 @@ import lightning as L
 from torch.utils.data import DataLoader, IterableDataset
 
 from clipward.datamodules.edits import Edits
-from clipward.datamodules.requests import MOST_SEED, Request, check_seed, check_weight
+from clipward.datamodules.requests import Request
 from clipward.datamodules.rows import Product, Requests, read_prompts, read_rows
 from clipward.editing import Edit, list_kinds
 from clipward.errors import InputError, shorten
+from clipward.values import MOST_SEED, check_seed, check_weight
 
 MOST_SAMPLES = 2**31 - 1
 MOST_WAITING = 64  # kinds of edits
@@ -66,8 +67,10 @@ class PromptDataModule(L.LightningDataModule):
         image_prompt: str | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(first_index, int) or isinstance(first_index, bool) or first_index < 0:
-            raise InputError(f"first_index: got {shorten(first_index)}, expected a whole number of 0 or more")
+        if not isinstance(first_index, int) or isinstance(first_index, bool) or not 0 <= first_index <= MOST_SAMPLES:
+            raise InputError(
+                f"first_index: got {shorten(first_index)}, expected a whole number from 0 to {MOST_SAMPLES}"
+            )
         if first_index and prompts is not None:
             raise InputError("first_index: got --prompts beside it, expected one of them")
         self.micro_batch = (

@@ -9,10 +9,11 @@ from typing import Any
 
 from clipward.datamodules.edits import Edits
 from clipward.datamodules.loading import load_from_hub
-from clipward.datamodules.requests import FAULTY, Request, check_columns, check_label, check_request, check_text
+from clipward.datamodules.requests import Request, check_columns, check_request
 from clipward.editing import Edit
 from clipward.errors import InputError, first_line, shorten
-from clipward.texts import MARKS
+from clipward.texts import FAULTY, MARKS, check_text
+from clipward.values import check_label
 
 EXPECTED = "a .txt, .jsonl or .parquet file or the name of a data set on the hub"
 EXAMPLE = '{"text": "a man", "seed": 1}'

@@ -29,6 +29,8 @@ from clipward.sampler import ClassLabel, Sampler, SamplingConfig, Watch
 from clipward.weights.architecture import Architecture, Weights
 from clipward.weights.load import load_weights, save_weights
 
+NO_CLASSES = "data.classes: got none, expected what the classes are, since the model has num_classes"
+
 
 @dataclass(frozen=True)
 class TrainingConfig(OptimConfig):
@@ -242,7 +244,7 @@ class DDPMModule(Reproducible):
         if self.architecture.unet.num_classes is None:
             return None
         if "class_label" not in batch:
-            raise InputError("data.classes: got none, expected what the classes are, since the model has num_classes")
+            raise InputError(NO_CLASSES)
         return batch["class_label"]
 
     def _add_to_quarters(self, t: Tensor, losses: Tensor) -> None:
@@ -280,6 +282,8 @@ class DDPMModule(Reproducible):
         if given != wanted:
             show = [size[0] if size[0] == size[1] else size for size in (given, wanted)]
             raise InputError(f"data.size: got {show[0]}, expected {show[1]}, the model's")
+        if self.architecture.unet.num_classes is not None and getattr(data, "class_names", ()) is None:
+            raise InputError(NO_CLASSES)
         if data.channels != channels:
             raise InputError(
                 f"data.channels: got {data.channels}, expected {channels}, the model's unet.image_channels"

@@ -93,7 +93,7 @@ def test_flags_override_the_record_and_that_is_said(drawn: Path, tmp_path: Path,
         "--method",
         "clip_guidance",
         "--model.sampling.skip_steps",
-        "2",
+        "4",
     ]
     run("--again", drawn / "000001.png", *flags, "--save_dir", tmp_path / "y")
     assert (
@@ -102,7 +102,7 @@ def test_flags_override_the_record_and_that_is_said(drawn: Path, tmp_path: Path,
     )
     (row,) = metadata(tmp_path / "y")
     found = {name: row[name] for name in ("text", "guidance_weight", "method", "steps", "seed")}
-    assert found == {"text": "a boy", "guidance_weight": 3, "method": "clip_guidance", "steps": 2, "seed": 4}
+    assert found == {"text": "a boy", "guidance_weight": 3, "method": "clip_guidance", "steps": 4, "seed": 4}
     (tmp_path / "texts.txt").write_text("a dog\na cat\n")
     run(
         "--again",

@@ -15,7 +15,7 @@ LAYERS = [  # from the top; what stands in one line never imports its neighbours
     {"clipward.guidance", "clipward.evaluation", "clipward.weights"},
     {"clipward.networks"},
     {"clipward.diffusion", "clipward.files", "clipward.texts", "clipward.editing"},
-    {"clipward.yaml_files", "clipward.pictures"},
+    {"clipward.yaml_files", "clipward.pictures", "clipward.values"},
     {"clipward.errors", "clipward.allocator"},
 ]
 DATAMODULES_MAY = {"clipward.datamodules", *set().union(*LAYERS[-3:])} - {"clipward.diffusion", "clipward.allocator"}

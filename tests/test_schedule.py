@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 
-from clipward.diffusion.schedule import Schedule, SkipType, half_log_snr, time_travel
+from clipward.diffusion.schedule import Schedule, Scheduler, SkipType, half_log_snr, time_travel
 from clipward.errors import InputError
 
 
@@ -29,6 +29,19 @@ def test_exactly_n_steps_that_meet_and_never_repeat(skip_type: str, n: int, name
     assert all(a.s == b.t for a, b in itertools.pairwise(steps))
     assert steps[-1].s == -1
     assert steps[-1].alpha_bar_s == 1
+
+
+@pytest.mark.parametrize("skip_type", ["leading", "trailing", "uniform2"])
+@pytest.mark.parametrize("n", [1, 2, 7, 60, 99, 100])
+def test_equal_strides_end_once(skip_type: str, n: int) -> None:
+    schedule = Schedule.from_name("linear", 100)
+    steps = schedule.walk(n, Scheduler("ddim", skip_type, equal_strides=True))
+    assert [step.s for step in steps].index(-1) == n - 1
+    assert all(step.t - step.s == 100 // n for step in steps[:-1])
+    above = steps[-1].t - 100 // n  # as diffusers' DDIM, which may not reach data where n does not divide T
+    assert steps[-1].alpha_bar_s == (schedule.alpha_bar[above] if above >= 0 else 1)
+    kept = schedule.walk(n, Scheduler("ddim", skip_type, equal_strides=True, to_data=False))
+    assert kept[-1].alpha_bar_s == schedule.alpha_bar[max(above, 0)]
 
 
 def test_where_the_skip_types_go() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 from clipward.cli.flags import FLAGS, MODEL_FLAGS, TRAINER_FLAGS
 from clipward.editing import EDIT_FIELDS, PICTURES, find_changed
 from clipward.errors import InputError, shorten
+from clipward.values import describe, fits
 
 AGAIN, VARY = "again", "vary"
 MODULE = "clipward.lightning_modules.ddpm.DDPMModule"
@@ -55,6 +56,26 @@ SETTINGS = {
     "text": "text",
     "guidance_weight": "guidance_weight",
     "seed": "seed",
+}
+# and their types, so that nothing in a picture becomes another flag, or a class
+KINDS: dict[str, Any] = {
+    **dict.fromkeys(("weights", "clip", "noisy_clip", "classifier", "neutral", "negative_text", "text"), str | None),
+    **dict.fromkeys(
+        ("method", "skip_type", "sampler", "weight_schedule", "var_type", "precision", "device"), str | None
+    ),
+    **dict.fromkeys(("use_ema", "clip_denoised", "invert"), bool | None),
+    **dict.fromkeys(("steps", "repeats", "candidates", "batch_multiple"), int | None),
+    **dict.fromkeys(("index", "seed"), int),
+    **dict.fromkeys(("guidance_weight", "class_weight", "strength"), float | None),
+    **dict.fromkeys(PICTURES, str | None),
+    **dict.fromkeys(HASHES, str | None),
+    "clips": tuple[str, ...],
+    "clip_weights": tuple[float, ...] | None,
+    "interval": tuple[float, float] | None,
+    "outpaint": tuple[float, float, float, float] | None,
+    "class_label": str | int | None,
+    "ddim_eta": float,
+    "by_weights": tuple[str, ...],
 }
 NEEDED = (
     "index",
@@ -167,7 +188,7 @@ def read_record(path: Path, field: str) -> dict[str, Any]:
 
     record = read_mark(path) if path.is_file() else {}
     metadata = path.parent / METADATA
-    if not record and path.stem.isdecimal() and metadata.is_file():
+    if not record and path.stem.isdecimal() and len(path.stem) < 20 and metadata.is_file():
         for line in metadata.read_text(encoding="utf-8", errors="replace").split("\n"):  # a text may have other breaks
             try:
                 row = json.loads(line)
@@ -190,6 +211,10 @@ def to_settings(record: dict[str, Any], path: Path, field: str) -> dict[str, Any
     Raises:
         InputError: where the record has a value that no setting has.
     """
+    for name, kind in KINDS.items():
+        if name in record and not fits(kind, record[name]):
+            given, expected = shorten(record[name]), describe(kind)
+            raise InputError(f"{field}: {shorten(path)} has the {name} {given}, expected {expected}")
     known = dict(record)
     sampler, by_weights = record["sampler"], record.get("by_weights")
     eta = DDIM.fullmatch(str(sampler))
@@ -205,9 +230,6 @@ def to_settings(record: dict[str, Any], path: Path, field: str) -> dict[str, Any
         known["clip"] = record["clips"]
     device = record["device"]
     known["accelerator"] = ACCELERATORS.get(device, device)
-    for name in ("seed", "index"):
-        if isinstance(known[name], bool) or not isinstance(known[name], int):
-            raise InputError(f"{field}: {shorten(path)} has the {name} {shorten(known[name])}, expected a whole number")
     settings = {key: known[name] for name, key in SETTINGS.items() if known.get(name) is not None}
     settings |= {name: known[name] for name in EDIT_FIELDS if known.get(name) is not None}
     settings |= {"trainer.devices": 1, "unguided": False}

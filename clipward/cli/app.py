@@ -17,7 +17,6 @@ from PIL import Image
 from clipward.cli.help import COMMANDS
 from clipward.cli.parser import OneLineParser
 from clipward.cli.settings import find_config
-from clipward.datamodules.requests import check_seed, check_text, check_weight
 from clipward.errors import InputError, shorten
 from clipward.files import atomic_write, check_writable
 from clipward.guidance.core import GuidanceError
@@ -25,6 +24,8 @@ from clipward.guidance.methods import AUTO, METHODS
 from clipward.guidance.models import GuidanceConfig
 from clipward.model import MICRO_BATCH, Model, load
 from clipward.sampler import to_picture
+from clipward.texts import check_text
+from clipward.values import check_seed, check_weight
 from clipward.yaml_files import read_mapping
 
 OWN_HOST = "127.0.0.1"  # which no other machine can reach

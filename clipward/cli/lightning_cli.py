@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from jsonargparse import Namespace
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.plugins import CheckpointIO
@@ -62,6 +63,16 @@ OF_THE_DISK = {
 
 class ClipwardParser(OneLineParser, LightningArgumentParser):
     """LightningCLI's parser, with errors of one line."""
+
+
+class LateSaveConfig(SaveConfigCallback):
+    """Saves the config when the training begins, so that what fails before leaves nothing."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Nothing yet."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().setup(trainer, pl_module, "fit")
 
 
 class ClipwardCLI(LightningCLI):
@@ -226,6 +237,11 @@ class ClipwardCLI(LightningCLI):
                 config.guidance_weight = [METHODS[method].weight]
             given = REQUEST_FLAGS | (EDIT_FLAGS | NUMBER_FLAGS if self.subcommand == "predict" else {})
             self.requests = PromptDataModule(**{name: config[name] for name in given})
+            negative = config.model.init_args.get("guidance.negative_text")
+            if negative and not self.again.hashes and next(self.requests.guiding_texts(), None) is None:
+                raise InputError(
+                    f"negative_text: got {shorten(negative)}, but no picture is guided; expected --text beside it"
+                )
             if self.subcommand == "predict":
                 text = self._parser("predict").dump(config, skip_unset=False)
                 self.callback = PredictionWriter(
@@ -255,7 +271,7 @@ class ClipwardCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         if self.subcommand == "fit" and self._get(self.config_init, "trainer.logger") is not False:
-            self.save_config_callback = SaveConfigCallback
+            self.save_config_callback = LateSaveConfig
             self.save_config_kwargs = {"config_filename": "config.fit.yaml"}
         plugins = self._get(self.config_init, "trainer.plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
@@ -263,7 +279,12 @@ class ClipwardCLI(LightningCLI):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         try:
             trainer: Any = super().instantiate_trainer(**kwargs)
-        except (MisconfigurationException, TypeError, ValueError) as error:  # such as a strategy that doesn't exist
+        except (
+            MisconfigurationException,
+            ImportError,
+            TypeError,
+            ValueError,
+        ) as error:  # such as a strategy that doesn't exist
             raise InputError(f"trainer: {error}") from error
         if self.callback is not None:
             trainer.callbacks.append(self.callback)

@@ -6,6 +6,7 @@ import lightning as L
 import yaml
 
 from clipward.callbacks.prediction_writer import PredictionWriter
+from clipward.datamodules.loading import check_training
 from clipward.datamodules.own_samples import OwnSamplesDataModule
 from clipward.datamodules.prompts import PromptDataModule
 from clipward.errors import InputError
@@ -30,7 +31,11 @@ def draw_own_samples(trainer: L.Trainer, weights: str | None, data: OwnSamplesDa
     made_by: dict[str, Any] = {"weights": weights, "seed": data.seed, "unguided": True, "sampling": settings}
     writer: Any = PredictionWriter(str(data.samples_dir), yaml.safe_dump(made_by))
     requests = PromptDataModule(n_samples=data.samples, seed=data.seed, micro_batch=data.micro_batch)
-    requests.done = writer.check(requests.requests)
+    try:
+        requests.done = writer.check(requests.requests)
+    except InputError as error:
+        raise InputError(f"data.samples_dir: {str(error).partition(': ')[2]}") from error
+    check_training(max(data.samples, len(requests.done)) - data.val_count, data.batch_size, trainer)
     if next(iter(requests.predict_dataloader()), None) is None:
         if trainer.is_global_zero:
             writer.finish()  # a stop may have come between the last sample and this

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any, NoReturn
 
 import yaml
@@ -33,9 +32,13 @@ class TextDumper(yaml.SafeDumper):
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     node = dumper.represent_str(text)
-    with suppress(yaml.YAMLError):
-        if "\n" not in text and read_yaml(text) != text:
-            node.style = "'"
+    try:
+        same = "\n" in text or read_yaml(text) == text
+    except yaml.YAMLError:
+        same = True
+    except ValueError:  # a number of thousands of digits
+        same = False
+    node.style = node.style if same else "'"
     return node
 
 

@@ -162,9 +162,9 @@ class Schedule:
         times = times[::-1]
         ends = [max(t - len(self) // n, -1) for t in times] if scheduler.equal_strides else [*times[1:], -1]
         steps = [self.step(t, s) for t, s in zip(times, ends, strict=True)]
-        if not scheduler.to_data:
-            first = self.alpha_bar[0].item()
-            steps = [replace(step, alpha_bar_s=first) if step.s == -1 else step for step in steps]
+        if not scheduler.to_data and ends[-1] == -1:
+            steps[-1] = replace(steps[-1], alpha_bar_s=self.alpha_bar[0].item())
+        steps[-1] = replace(steps[-1], s=-1)  # where a walk ends, also at a level above data
         if n > 1:
             steps[-1] = replace(steps[-1], variance_floor=steps[-2].posterior_variance)
         return steps

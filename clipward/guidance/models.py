@@ -32,6 +32,7 @@ from clipward.networks.clip import Clip, text_cosines
 from clipward.networks.sharding import shard
 from clipward.networks.vocabulary import check_attributes
 from clipward.texts import Part, is_one_sentence, split_negative, split_text
+from clipward.values import check_types
 
 LARGE = 200_000_000  # parameters of an image tower that is worth sharding: ViT-L and larger
 
@@ -63,6 +64,7 @@ class GuidanceConfig:
     negative_text: str | None = None
 
     def __post_init__(self) -> None:
+        check_types(self, "guidance")
         split_negative(self.negative_text)
         weights, names = self.clip_weights, self.clips
         if weights is not None and (len(weights) != len(names) or not all(weight > 0 for weight in weights)):
@@ -197,8 +199,9 @@ class GuidanceModels:
                 try:
                     self._check_sentence(part.text, method, clips)
                 except InputError as error:
-                    where = f"; it is part {number} of {shorten(text)}" if number <= len(split_text(text)) else ""
-                    where = where if len(parts) > 1 else ""
+                    if number > len(split_text(text)):
+                        raise InputError(f"negative_{error}") from error
+                    where = f"; it is part {number} of {shorten(text)}" if len(parts) > 1 else ""
                     raise InputError(f"{error}{where}") from error
 
     def _reading(self, method: Method) -> list[Clip]:

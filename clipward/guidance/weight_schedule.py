@@ -12,6 +12,8 @@ from clipward.diffusion.schedule import Step
 from clipward.errors import InputError, shorten
 from clipward.guidance.core import Guidance
 
+MOST_FACTOR = 1e6
+
 
 @dataclass(frozen=True)
 class WeightSchedule:
@@ -20,7 +22,7 @@ class WeightSchedule:
     Between two points it is linear; before the first and after the last it stays what it is there.
 
     Args:
-        points: pairs of t/T, which rises from 0 (the picture) to 1 (noise), and the factor there, 0 or more.
+        points: pairs of t/T, which rises from 0 (the picture) to 1 (noise), and the factor there, 0 to 1e6.
     """
 
     points: tuple[tuple[float, float], ...]
@@ -32,7 +34,7 @@ class WeightSchedule:
         Raises:
             InputError: for anything else.
         """
-        wanted = "expected pairs of t/T, rising from 0 to 1, and a factor of 0 or more, such as '0.0:0.5 0.4:1 0.8:0'"
+        wanted = "expected pairs of t/T, rising from 0 to 1, and a factor from 0 to 1e6, such as '0.0:0.5 0.4:1 0.8:0'"
         refusal = f"sampling.weight_schedule: got {shorten(text)}, {wanted}"
         try:
             points = tuple(
@@ -44,7 +46,7 @@ class WeightSchedule:
         rising = all(low < high for low, high in pairwise(shares))
         if not points or not rising or not 0 <= shares[0] <= shares[-1] <= 1:
             raise InputError(refusal)
-        if not all(0 <= factor < float("inf") for factor in factors) or max(factors) == 0:
+        if not all(0 <= factor <= MOST_FACTOR for factor in factors) or max(factors) == 0:
             raise InputError(refusal)
         return cls(points)
 

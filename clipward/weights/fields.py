@@ -1,23 +1,13 @@
 """Values out of a header or JSON, held to the types of a dataclass's fields."""
 
-import math
 from collections.abc import Collection
 from dataclasses import fields, is_dataclass
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from clipward.errors import InputError, shorten
+from clipward.values import describe, fits
 
 Parsed = TypeVar("Parsed")
-ONE = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "a text",
-    dict: "a dictionary",
-    NoneType: "null",
-}
-MANY = {int: "whole numbers", float: "numbers", str: "texts"}
 
 
 def parse_dataclass(kind: type[Parsed], values: Any, name: str, optional: Collection[str] = ()) -> Parsed:
@@ -56,35 +46,3 @@ def parse(kind: Any, value: Any, name: str, optional: Collection[str] = ()) -> A
     if not fits(kind, value):
         raise InputError(f"weights: got {shorten(value)} for {name}, expected {describe(kind)}")
     return tuple(value) if isinstance(value, list) else value
-
-
-def fits(kind: Any, value: Any) -> bool:
-    """Whether ``value`` is of the type ``kind``; a whole number is a number too, true and false are neither."""
-    origin, options = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        return any(type(value) is type(option) and value == option for option in options)
-    if origin in (Union, UnionType):
-        return any(fits(option, value) for option in options)
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            return False
-        kinds = options[:1] * len(value) if options[-1] is ... else options
-        return len(kinds) == len(value) and all(map(fits, kinds, value))
-    if kind is float:
-        return type(value) is int or (type(value) is float and math.isfinite(value))
-    return type(value) is kind
-
-
-def describe(kind: Any) -> str:
-    """The type ``kind`` in words."""
-    origin, options = get_origin(kind), get_args(kind)
-    if is_dataclass(kind):
-        return "a dictionary"
-    if origin is Literal:
-        names = [str(option) for option in options]
-        return " or ".join([", ".join(names[:-1]), names[-1]])
-    if origin in (Union, UnionType):
-        return " or ".join(describe(option) for option in options)
-    if origin is tuple:
-        return f"a list of {'' if options[-1] is ... else f'{len(options)} '}{MANY[options[0]]}"
-    return ONE[kind]
