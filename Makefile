@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
 
-.PHONY: demo test browser docs lint lock
+.PHONY: demo test bench browser docs lint lock
 .DEFAULT_GOAL := demo
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -20,6 +20,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+bench: $(VENV)/installed
+	$(RUN) benchmarks/bench.py
 
 browser: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m browser

@@ -9,7 +9,6 @@ from typing import Any, Protocol
 
 import lightning as L
 import torch
-from torch.utils.tensorboard import SummaryWriter
 
 from clipward.callbacks.gallery import MARK, read_mark, to_line
 from clipward.errors import InputError
@@ -106,6 +105,8 @@ class Evaluation(L.Callback):
             plot = plot_scores({self.provenance["method"]: table})
             with atomic_write(self.curve_path) as aside:
                 plot.savefig(aside, dpi=150, format="png", metadata={MARK: to_line({"report": self.path.name})})
+            from torch.utils.tensorboard import SummaryWriter  # takes long to import
+
             with SummaryWriter(str(self.path.parent)) as writer:
                 writer.add_figure("prompt accuracy against FID", plot)
         print(f"{format_table(table)}\n\n{format_texts(texts)}\n\nwritten to {self.path}")

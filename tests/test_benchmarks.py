@@ -1,6 +1,7 @@
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,15 +10,18 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
+from benchmarks import bench, gpu, steps
 from benchmarks.editing import EDITS, draw_mask, measure_seam, seams
 from benchmarks.editing import compare as compare_edits
 from benchmarks.methods import METHODS, compare, select_correct
 from benchmarks.photographs import compare as compare_on_photographs
 from benchmarks.scaling import FIT, PREDICT, measure
 from clipward.datamodules.faces import attributes, caption, draw
+from clipward.evaluation.cost import Cost
 from clipward.evaluation.judgements import load_judgements
 from clipward.evaluation.scores import Scores
 from clipward.guidance import methods
+from clipward.networks.unet import UNetConfig
 
 ROOT = Path(__file__).parent.parent
 TEXTS = (ROOT / "benchmarks/faces_texts.txt").read_text().splitlines()
@@ -134,3 +138,39 @@ def test_photographs_are_judged_into_a_table(tmp_path: Path, monkeypatch: pytest
     real = Scores.from_dict(scores["unseen photographs"][0])
     assert (real.pictures, real.prompt_accuracy, real.guidance_weight) == (4, 1.0, None)
     assert Scores.from_dict(scores["contrastive"][0]).pictures == 4
+
+
+def test_ratios_are_medians_over_the_rounds() -> None:
+    def runs(*seconds: float, size: float = 2.0**20) -> list[dict[str, float]]:
+        return [{"seconds": each, "bytes": size, "beside the network": 0.01} for each in seconds]
+
+    found = {"unguided": runs(1.0, 2.0, 4.0), "through the U-Net": runs(2.0, 5.0, 8.0, size=2.0**22)}
+    lines = bench.format_tables(found).splitlines()
+    assert "| unguided | 2.000 | 1 |" in lines
+    assert "| through the U-Net ÷ unguided | 2.00 | 2.00 to 2.50 | ≤ 2.15 |" in lines
+    assert lines[-1] == "| share of an unguided walk beside the network | 1.0% | | ≤ 2 % |"
+    assert {name for pair in bench.RATIOS for name in pair} == bench.LOOPS.keys()
+
+
+@pytest.mark.slow
+def test_all_loops_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    bench.bench(tmp_path, rounds=1, steps=1, quick=True)
+    assert (tmp_path / "table.md").read_text() in capsys.readouterr().out
+    assert all(run[0]["seconds"] > 0 for run in json.loads((tmp_path / "report.json").read_text()).values())
+
+
+def test_the_settings_of_a_gpu_are_tried_on_a_cpu(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.gpu.SMALL", UNetConfig(channels=(8, 8), num_res_blocks=1, norm_groups=4))
+    gpu.bench(batch=1, repeats=1, compile=False)
+    assert capsys.readouterr().out.count("| float32 | ") == 3
+
+
+def test_solvers_are_compared_in_a_table_and_a_figure() -> None:
+    cost = Cost(20, 0, 81, 0.75, 2**30)
+    scores = Scores(20.0, 48, 0.5, 0.1, 0.05, 0.9, {}, {"a": 0.5, "b": 0.25}, None, None, cost, 40.0)
+    found = {("DDPM", 20): replace(scores, attribute_matched_fid=0.2)}
+    assert steps.format_table(found).splitlines()[-1] == "| DDPM | 20 | 50.0% ± 5.0% | 25.0% | 0.200 | 81 | 0.75 |"
+    assert json.loads(steps.to_json(found))[0]["steps"] == 20
+    assert len(steps.plot(found).axes) == 2
