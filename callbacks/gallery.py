@@ -72,12 +72,12 @@ class Gallery:
             frames: what it looked like on its way; they become a filmstrip and an animation in the folder ``progress``.
         """
         row = {"file_name": picture_name(row["index"], self.output == "files"), **row}
-        if frames:
-            row |= progress_names(row["index"])
-        self._append([row])
+        names = progress_names(row["index"]) if frames else {}
+        self._append([row | names])
         if frames:  # before the picture, which says that all of them are there
-            save_png(self.path / row["filmstrip"], draw_filmstrip(frames), to_line(row), clear=False)
-            save_animation(self.path / row["animation"], frames, to_line(row))
+            save_png(self.path / names["filmstrip"], draw_filmstrip(frames), to_line(row), clear=False)
+            save_animation(self.path / names["animation"], frames, to_line(row))
+        # without the names, so that a picture is the same to the byte whether its way is kept or not
         save_png(self.path / row["file_name"], picture, to_line(row), clear=False)
         if self.output != "files":
             self.staged.append(row)
