@@ -136,7 +136,7 @@ class Studio:
                     f"seed {seed}" + ("" if similarity is None else f", {similarity:.2f}")
                     for seed, similarity in zip(seeds, similarities, strict=True)
                 ]
-                said = f"done in {seconds:.1f} s; below each picture: its seed" + (
+                said = f"done in {seconds:.1f} s; on each picture: its seed" + (
                     ", and how similar it is to the text" if order.text else ""
                 )
             yield [(to_picture(image), caption) for image, caption in zip(x0, captions, strict=False)], said
