@@ -1,9 +1,10 @@
-"""Compare the methods on photographs: one table, one figure.
+r"""Compare the methods on photographs: one table, one figure.
 
-    python -m benchmarks.photographs PHOTOGRAPHS.parquet
+    python -m benchmarks.photographs --path FILE --weights ddpm.safetensors --clip clip --noisy_clip noisy_clip \
+        --judges '[judge.safetensors, judge_clip]'
 
-judges what each method draws with the weights of ``checkpoints/celeba64``, for the texts of
-``benchmarks/photographs_texts.txt``. The row of unseen photographs sets the scale: they are rows 8000 to 8999, whose
+judges what each method draws for the texts of ``benchmarks/photographs_texts.txt``, with networks that
+``docs/photographs.md`` trains. The row of unseen photographs sets the scale: they are rows 8000 to 8999, whose
 labels say what the texts say. The judges do not agree with all of these labels. FID compares with rows 0 to 3999, which
 the judges have not seen. A run that was stopped continues where it was.
 """
@@ -30,12 +31,11 @@ from clipward.evaluation.scores import summarise
 from clipward.guidance.models import GuidanceConfig, GuidanceModels
 from clipward.networks.vocabulary import find_allowed
 
-FOLDER = "clipward:celeba64"
 # The name of each method in the table, its name in the package, its weights, and whether it has a noise-aware CLIP. The
 # weights of the formula were chosen on benchmarks/photographs_tuning_texts.txt.
 METHODS: dict[str, tuple[str, list[float], bool]] = {
     "unguided": ("clip_guidance", [0], False),
-    "formula as written": ("clip_guidance", [50, 400], False),
+    "formula as written": ("clip_guidance", [100], False),
     "contrastive, ordinary CLIP": ("contrastive_denoised", [80], False),
     "GLIDE": ("glide", [10], True),
     "contrastive": ("contrastive", [20, 160], True),
@@ -44,15 +44,15 @@ METHODS: dict[str, tuple[str, list[float], bool]] = {
 
 def compare(
     path: str,
+    weights: str,
+    clip: str,
+    noisy_clip: str,
+    judges: tuple[str, ...],
     save_dir: Path = Path("out/photographs"),
     only: list[str] | None = None,
     texts: Path = ROOT / "benchmarks/photographs_texts.txt",
     n_samples: int = 16,
     seed: int = 1000,
-    weights: str = FOLDER,
-    clip: str = f"{FOLDER}/clip",
-    noisy_clip: str = f"{FOLDER}/noisy_clip",
-    judges: tuple[str, ...] = (f"{FOLDER}/judge.safetensors", f"{FOLDER}/judge_clip"),
     reference: tuple[int, int] = (0, 4000),
     unseen: tuple[int, int] = (8000, 1000),
     micro_batch: int = 16,
@@ -62,15 +62,15 @@ def compare(
 
     Args:
         path: the photographs with their labels, a parquet file.
+        weights: the diffusion model.
+        clip: the CLIP that guides.
+        noisy_clip: the noise-aware CLIP that guides.
+        judges: a classifier and a CLIP that do not guide.
         save_dir: the folder to write to.
         only: rows to judge now, by their names in the table; all by default, with [] none.
         texts: a file with a text a line.
         n_samples: pictures for each text, each from a seed of its own.
         seed: the first seed.
-        weights: the diffusion model.
-        clip: the CLIP that guides.
-        noisy_clip: the noise-aware CLIP that guides.
-        judges: a classifier and a CLIP that do not guide.
         reference: the first row of those that pictures are compared with, and how many there are.
         unseen: the same of the photographs that no network has seen.
         micro_batch: pictures sampled at once.
@@ -148,4 +148,4 @@ def judge_photographs(
 
 
 if __name__ == "__main__":
-    auto_cli(compare)
+    auto_cli(compare, as_positional=False)

@@ -123,7 +123,7 @@ def test_photographs_are_judged_into_a_table(tmp_path: Path, monkeypatch: pytest
     shipped = "clipward:faces64"
     compare_on_photographs(
         str(tmp_path / "faces.parquet"),
-        tmp_path / "out",
+        save_dir=tmp_path / "out",
         texts=tmp_path / "texts.txt",
         n_samples=2,
         weights=shipped,
