@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from clipward.guidance.methods import METHODS
     from clipward.guidance.models import GuidanceConfig
     from clipward.model import Model, load
-    from clipward.sampler import SamplingConfig
+    from clipward.sampling_config import SamplingConfig
 
 __version__ = version("clipward")
 __all__ = ["METHODS", "Edit", "GuidanceConfig", "GuidanceError", "InputError", "Model", "SamplingConfig", "load"]
@@ -28,7 +28,7 @@ HOMES = {
     "GuidanceError": "clipward.guidance.core",
     "InputError": "clipward.errors",
     "Model": "clipward.model",
-    "SamplingConfig": "clipward.sampler",
+    "SamplingConfig": "clipward.sampling_config",
     "load": "clipward.model",
 }
 

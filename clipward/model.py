@@ -19,7 +19,8 @@ from clipward.files import CHECKPOINTS, CONFIGS, SHIPPED
 from clipward.guidance.models import GuidanceConfig, GuidanceModels
 from clipward.networks.channels import check_shown
 from clipward.networks.unet import UNet
-from clipward.sampler import Sampler, SamplingConfig, Watch, to_picture
+from clipward.sampler import Sampler, Watch, to_picture
+from clipward.sampling_config import SamplingConfig
 from clipward.texts import check_text
 from clipward.values import check_seed, check_weight, fits
 from clipward.weights.architecture import Architecture

@@ -25,7 +25,8 @@ from clipward.lightning_modules.reproducible import Reproducible
 from clipward.networks.channels import check_shown
 from clipward.networks.sharding import fill, full_state, own_parameters, shard
 from clipward.networks.unet import UNet
-from clipward.sampler import ClassLabel, Sampler, SamplingConfig, Watch
+from clipward.sampler import Sampler, Watch
+from clipward.sampling_config import ClassLabel, SamplingConfig
 from clipward.weights.architecture import Architecture, Weights
 from clipward.weights.load import load_weights, save_weights
 

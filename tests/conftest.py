@@ -17,7 +17,8 @@ from clipward.networks.classifier import Classifier, save_classifier
 from clipward.networks.clip import OPENAI_PREPROCESSING, make_noise_aware, new_model, save_folder
 from clipward.networks.unet import UNet, UNetConfig
 from clipward.networks.vocabulary import load_vocabulary
-from clipward.sampler import Sampler, SamplingConfig
+from clipward.sampler import Sampler
+from clipward.sampling_config import SamplingConfig
 from clipward.weights.architecture import Architecture, Weights
 from clipward.weights.load import save_weights
 

@@ -23,7 +23,8 @@ from clipward.networks.channels import to_rgb
 from clipward.networks.clip import Clip
 from clipward.networks.unet import UNet
 from clipward.pictures import read_picture
-from clipward.sampler import Sampler, SamplingConfig, to_picture
+from clipward.sampler import Sampler, to_picture
+from clipward.sampling_config import SamplingConfig
 from clipward.weights.architecture import Architecture, Weights
 from clipward.weights.diffusers import save_diffusers
 from clipward.weights.load import load_weights, save_weights

@@ -19,7 +19,8 @@ from clipward.errors import InputError
 from clipward.guidance.core import GradientGuidance, GuidedDenoiser, grad_denoised, shift_mean
 from clipward.guidance.models import GuidanceConfig, GuidanceModels
 from clipward.networks.unet import UNet
-from clipward.sampler import Sampler, SamplingConfig
+from clipward.sampler import Sampler
+from clipward.sampling_config import SamplingConfig
 from clipward.weights.architecture import Architecture, Weights
 from clipward.weights.diffusers import save_diffusers
 from clipward.weights.load import load_weights, save_weights

@@ -22,7 +22,8 @@ from clipward.guidance.objectives import ClipSimilarity
 from clipward.lightning_modules.ddpm import DDPMModule, TrainingConfig, min_snr_weight
 from clipward.networks.clip import OPENAI_PREPROCESSING, Clip, new_model, save_folder
 from clipward.networks.unet import UNet
-from clipward.sampler import Sampler, SamplingConfig, to_picture
+from clipward.sampler import Sampler, to_picture
+from clipward.sampling_config import SamplingConfig
 from clipward.weights.architecture import Architecture, Weights
 from clipward.weights.load import load_weights, save_weights
 

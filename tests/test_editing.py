@@ -21,7 +21,8 @@ from clipward.editing import Edit, list_kinds
 from clipward.errors import InputError
 from clipward.guidance.methods import METHODS
 from clipward.networks.clip import OPENAI_PREPROCESSING, Clip, make_noise_aware, save_folder
-from clipward.sampler import Sampler, SamplingConfig, to_picture
+from clipward.sampler import Sampler, to_picture
+from clipward.sampling_config import SamplingConfig
 
 SCHEDULE = Schedule.from_name("cosine", 1000)
 

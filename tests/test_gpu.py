@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from clipward.datamodules.prompts import PromptDataModule
 from clipward.guidance import core as guidance
 from clipward.networks.unet import UNetConfig
-from clipward.sampler import SamplingConfig
+from clipward.sampling_config import SamplingConfig
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

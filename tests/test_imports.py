@@ -12,6 +12,7 @@ LAYERS = [  # from the top; what stands in one line never imports its neighbours
     {"clipward.cli"},
     {"clipward.lightning_modules", "clipward.callbacks", "clipward.model"},
     {"clipward.sampler"},
+    {"clipward.sampling_config"},
     {"clipward.guidance", "clipward.evaluation", "clipward.weights"},
     {"clipward.networks"},
     {"clipward.diffusion", "clipward.files", "clipward.texts", "clipward.editing"},

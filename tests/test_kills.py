@@ -23,7 +23,7 @@ from clipward.callbacks.prediction_writer import PredictionWriter
 from clipward.cli import main
 from clipward.datamodules.prompts import PromptDataModule
 from clipward.lightning_modules.ddpm import DDPMModule
-from clipward.sampler import SamplingConfig
+from clipward.sampling_config import SamplingConfig
 
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.chmod"}
 

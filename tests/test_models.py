@@ -10,7 +10,8 @@ from clipward.guidance.contrasts import contrast_captions, load_contrasts
 from clipward.guidance.methods import METHODS
 from clipward.guidance.objectives import ContrastiveLogLikelihood
 from clipward.lightning_modules.ddpm import DDPMModule
-from clipward.sampler import Sampler, SamplingConfig
+from clipward.sampler import Sampler
+from clipward.sampling_config import SamplingConfig
 
 
 @pytest.mark.parametrize("method", METHODS)

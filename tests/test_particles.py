@@ -17,7 +17,8 @@ from clipward.diffusion.schedule import Step, time_travel
 from clipward.diffusion.solvers import SOLVERS
 from clipward.errors import InputError
 from clipward.networks.unet import UNet
-from clipward.sampler import Sampler, SamplingConfig
+from clipward.sampler import Sampler
+from clipward.sampling_config import SamplingConfig
 
 COUNT = 65536
 WEIGHTS = [1.0, 0.0, 3.0]  # one request each

@@ -21,7 +21,8 @@ from clipward.diffusion.solvers import SOLVERS, DpmSolver
 from clipward.errors import InputError
 from clipward.guidance.core import Clamp, GuidedDenoiser, shift_eps, shift_mean, shift_x0
 from clipward.networks.unet import UNet
-from clipward.sampler import Sampler, SamplingConfig
+from clipward.sampler import Sampler
+from clipward.sampling_config import SamplingConfig
 
 PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}

@@ -25,7 +25,8 @@ from clipward.guidance.methods import METHODS
 from clipward.guidance.weight_schedule import ScheduledGuidance, WeightSchedule
 from clipward.networks.clip import Clip
 from clipward.networks.vocabulary import find_allowed, load_vocabulary
-from clipward.sampler import Sampler, SamplingConfig
+from clipward.sampler import Sampler
+from clipward.sampling_config import SamplingConfig
 from clipward.texts import Part, split_negative, split_text
 
 

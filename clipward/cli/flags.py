@@ -97,7 +97,7 @@ EDIT_FLAGS = {
         "X",
         float,
     ),
-    "mask": Flag("where it is drawn anew: white is, black stays", "FILE", str),
+    "mask": Flag("where to draw: white is drawn, black stays", "FILE", str),
     "outpaint": Flag("draw more on its left, top, right and bottom, in shares", "L T R B", float, several=True),
     "invert": Flag("begin at the noise that leads to it, which keeps more of it"),
     "image_prompt": Flag("a picture that guides, in place of a text or beside it", "FILE", str),

@@ -51,7 +51,7 @@ from clipward.files import check_writable
 from clipward.guidance.core import GuidanceError
 from clipward.guidance.methods import METHODS
 from clipward.guidance.models import GuidanceConfig, choose_method
-from clipward.sampler import SamplingConfig
+from clipward.sampling_config import SamplingConfig
 from clipward.yaml_files import read_mapping
 
 MENDABLE = (InputError, GuidanceError, MisconfigurationException)  # errors that are a person's to mend

@@ -11,7 +11,7 @@ from clipward.datamodules.own_samples import OwnSamplesDataModule
 from clipward.datamodules.prompts import PromptDataModule
 from clipward.errors import InputError
 from clipward.lightning_modules.ddpm import DDPMModule
-from clipward.sampler import SamplingConfig
+from clipward.sampling_config import SamplingConfig
 
 
 def draw_own_samples(trainer: L.Trainer, weights: str | None, data: OwnSamplesDataModule) -> None:
