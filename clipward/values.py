@@ -116,6 +116,7 @@ def check_weight(value: Any) -> float:
     """
     if type(value) is float and abs(value) <= MOST_WEIGHT:
         return value
-    if isinstance(value, Real) and not isinstance(value, bool) and -MOST_WEIGHT <= value <= MOST_WEIGHT:
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if is_number and abs(value) <= MOST_WEIGHT:
         return float(value)
     raise InputError(f"guidance_weight: got {shorten(value)}, expected a finite number from -1e38 to 1e38")
