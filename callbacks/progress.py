@@ -146,8 +146,8 @@ class PredictionProgress(L.Callback):
             self._printed = part
             print(f"{said}, {format_time(elapsed)} gone{similarity}", file=sys.stderr, flush=True)
 
-    def on_predict_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        self._close()
+    def on_predict_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        self._close()  # before the writer says where everything lies, which it does in on_predict_end
 
     def on_exception(self, trainer: L.Trainer, pl_module: Any, exception: BaseException) -> None:
         self._close()

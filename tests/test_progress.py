@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 from conftest import metadata
 from PIL import Image
+from tqdm import tqdm
 
 from clipward.callbacks import progress
+from clipward.callbacks.prediction_writer import PredictionWriter
 from clipward.callbacks.progress import Frames, WalkPlace, format_rows, format_time
 from clipward.cli import main
 from clipward.diffusion.sampling import State
@@ -70,7 +72,15 @@ def test_a_terminal_has_two_bars(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(type(sys.stderr), "isatty", lambda self: True, raising=False)
+    finish, bars = PredictionWriter.finish, []
+
+    def count(self: PredictionWriter) -> None:
+        bars.append(len(tqdm._instances))
+        finish(self)
+
+    monkeypatch.setattr(PredictionWriter, "finish", count)
     predict(config, tmp_path / "x", *SHOWN)
+    assert bars == [0]  # none is left in the way of the last screen
     said = capsys.readouterr().err
     assert "9/9 pictures 100%" in said
     assert re.search(r"step 12/12, similarity -?\d\.\d{3} 100%", said)
