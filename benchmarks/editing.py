@@ -150,7 +150,7 @@ def compare(
                 shown[Cell(place, name, setting.weight)] = after.copy()
     table = format_table(results)
     (save_dir / "table.md").write_text(table)
-    draw_figure(shown, cell_size=128).quantize(256, dither=Image.Dither.NONE).save(
+    draw_figure(shown, cell_size=128, quoted=False).quantize(256, dither=Image.Dither.NONE).save(
         save_dir / "figure.png", optimize=True
     )
     print(table)

@@ -25,7 +25,7 @@ class Cell:
     edit: str = ""
 
 
-def draw_figure(pictures: dict[Cell, Image.Image], cell_size: int | None = None) -> Image.Image:
+def draw_figure(pictures: dict[Cell, Image.Image], cell_size: int | None = None, quoted: bool = True) -> Image.Image:
     """Draw a figure with a heading for each text and each weight.
 
     Rows and columns are in the order of ``pictures``; the columns of a text stand side by side. A single column is
@@ -35,6 +35,7 @@ def draw_figure(pictures: dict[Cell, Image.Image], cell_size: int | None = None)
         pictures: the picture of each cell; a cell without one stays white.
         cell_size: the longer side of a cell in pixels; by default the smallest multiple of the pictures' own that is
             160 or more. A picture with transparent parts is laid on white.
+        quoted: whether the headings are texts that guide, and stand in quotes.
 
     Raises:
         ValueError: where there is no picture.
@@ -59,7 +60,9 @@ def draw_figure(pictures: dict[Cell, Image.Image], cell_size: int | None = None)
     if len(columns) == 1:
         spans = {texts[0]: list(range(across))}
     big, small = _font(wide * 0.155), _font(wide * 0.125)
-    blocks = {text: _wrap(f"“{text}”", big, len(span) * pitch - 8) for text, span in spans.items() if text}
+    blocks = {
+        text: _wrap(f"“{text}”" if quoted else text, big, len(span) * pitch - 8) for text, span in spans.items() if text
+    }
     line = round(wide * 0.2)
     top = line * max((len(rows) for rows in blocks.values()), default=0) + round(wide * 0.3)
     canvas = Image.new("RGB", (across * pitch + GAP, top + down * step + GAP), "white")
