@@ -236,8 +236,10 @@ def check_archive(path: Path, field: str) -> None:
     torch writes its archives uncompressed, so one that is compressed was made by something else.
 
     Raises:
-        InputError: for such an archive, or a damaged one.
+        InputError: for such an archive, or a damaged one, and for a pipe or a device, which may never end.
     """
+    if path.exists() and not path.is_file():
+        raise InputError(f"{field}: got {shorten(path)}, which is no regular file; expected one")
     if not zipfile.is_zipfile(path):
         return
     try:

@@ -12,6 +12,7 @@ from clipward.cli.parser import OneLineParser
 from clipward.diffusion.denoiser import Parametrisation
 from clipward.diffusion.schedule import ScheduleName
 from clipward.errors import InputError, shorten
+from clipward.files import check_writable
 from clipward.weights.architecture import Weights
 from clipward.weights.diffusers import HUB_NAME, save_diffusers
 from clipward.weights.load import load_weights, save_weights
@@ -56,8 +57,13 @@ def convert(
         name = "dry_run" if dry_run else "private"
         raise InputError(f"{name}: got no --push_to_hub beside it, expected USER/NAME to make the card for")
     path = Path(target)
+    if not target:
+        raise InputError("target: got an empty name, expected a file or a folder to write")
+    check_writable(path, "target", folder=to == "diffusers")
     if path.exists():
         raise InputError(f"target: {target} exists; use another name")
+    if head_channels is not None and head_channels < 1:
+        raise InputError(f"head_channels: got {head_channels}, expected 1 or more")
     weights = load_weights(source, use_ema, head_channels)
     given: dict[str, Any] = {"image_size": image_size, "schedule": schedule, "parametrisation": parametrisation}
     architecture = replace(weights.architecture, **{name: value for name, value in given.items() if value is not None})

@@ -34,8 +34,10 @@ def draw_own_samples(trainer: L.Trainer, weights: str | None, data: OwnSamplesDa
     try:
         requests.done = writer.check(requests.requests)
     except InputError as error:
-        raise InputError(f"data.samples_dir: {str(error).partition(': ')[2]}") from error
-    check_training(max(data.samples, len(requests.done)) - data.val_count, data.batch_size, trainer)
+        reason = str(error).partition(": ")[2].removesuffix(" or --overwrite true")
+        raise InputError(f"data.samples_dir: {reason}") from error
+    count = max(data.samples, len(requests.done))
+    check_training(count - data._held_out(count), data.batch_size, trainer)
     if next(iter(requests.predict_dataloader()), None) is None:
         if trainer.is_global_zero:
             writer.finish()  # a stop may have come between the last sample and this
