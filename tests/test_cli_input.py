@@ -300,6 +300,42 @@ def test_other_modules_keep_their_names() -> None:
         ),
         ("fit -c faces_judge --clip x", "clip: ClassifierModule has no such setting"),
         ("fit -c faces_noisy_clip --clip x y", "clip: got 2 values, expected one"),
+        ("predict --candidates 1025", "sampling.candidates: got 1025, expected 1 to 1024"),
+        ("predict --model.sampling.repeats 1000000000", "sampling.repeats: got 1000000000, expected 1 to 1024"),
+        ("predict --model.sampling.batch_multiple 99999", "sampling.batch_multiple: got 99999, expected 1 to 1024"),
+        (
+            "predict --first_index 1000000000000",
+            "first_index: got 1000000000000, expected a whole number from 0 to 2147483647",
+        ),
+        ("predict --image_prompt", "image_prompt: got nothing, expected one value"),
+        (
+            "predict --negative_text hats",
+            "negative_text: got 'hats', but no picture is guided; expected --text beside it",
+        ),
+        (
+            "predict --guidance_weight 1e39 --text x",
+            "guidance_weight: got 1e+39, expected a finite number from -1e38 to 1e38",
+        ),
+        (
+            f"predict --text {'a|' * 100}a",
+            f"text: '{'a|' * 18}a…{'|a' * 19}' has 101 parts, expected at most 100",
+        ),
+        ("predict --ddim_eta 0.5", "ddim_eta: got 0.5 without DDIM's steps, expected --ddim beside it"),
+        (
+            f"predict --class_label {'9' * 5000}",
+            f"class_label: got '{'9' * 37}…{'9' * 38}', expected none, since the model knows no classes",
+        ),
+        (
+            "predict --weight_schedule 0:1e7",
+            "sampling.weight_schedule: got '0:1e7', expected pairs of t/T, rising from 0 to 1, and a factor from 0 to "
+            "1e6, such as '0.0:0.5 0.4:1 0.8:0'",
+        ),
+        (
+            "convert clipward:faces64 /proc/x",
+            "target: got '/proc/x', expected a file that can be written (No such file or directory)",
+        ),
+        ("convert clipward:faces64 x --head_channels 0", "head_channels: got 0, expected 1 or more"),
+        ("convert clipward:faces64 x --head_channels -4", "head_channels: got -4, expected 1 or more"),
         ("convert", "source: got none, expected a value"),
         ("convert a b --to zip", "to: got 'zip', expected one of safetensors, diffusers"),
     ],

@@ -75,3 +75,64 @@ def test_the_readme_shows_python_that_runs(monkeypatch: pytest.MonkeyPatch, tmp_
     for block in blocks:
         exec(textwrap.dedent(block).replace("n_samples=4", "n_samples=1, skip_steps=2"), {})
     assert list(tmp_path.glob("*.png"))
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_weights: Path) -> clipward.Model:
+    return clipward.load(tiny_weights)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("text", 3, "text: got 3, expected a sentence or a list of sentences"),
+        ("text", [3], "text: got 3, expected a sentence"),
+        ("text", None, "text: got None, expected a sentence or a list"),
+        ("text", "\ud800", r"expected one without the character U\+D800"),
+        ("n_samples", "2", "n_samples: got '2', expected 1 or more"),
+        ("n_samples", 1.5, "n_samples: got 1.5"),
+        ("n_samples", True, "n_samples: got True"),
+        ("seed", -1, "seed: got -1, expected a whole number from 0"),
+        ("seed", "1", "seed: got '1'"),
+        ("seed", 2**70, "seed: got"),
+        ("guidance_weight", "x", "guidance_weight: got 'x', expected a finite number"),
+        ("guidance_weight", [1], r"guidance_weight: got \[1\]"),
+        ("guidance_weight", 1e300, "guidance_weight: got 1e"),
+        ("callback", 3, "callback: got 3, expected a function"),
+        ("skip_steps", "x", "sampling.skip_steps: got 'x', expected a whole number"),
+        ("skip_steps", 2.5, "sampling.skip_steps: got 2.5"),
+        ("ddim", "yes", "sampling.ddim: got 'yes', expected true or false or null"),
+        ("ddim_eta", "x", "sampling.ddim_eta: got 'x', expected a number"),
+        ("method", ["glide"], r"sampling.method: got \['glide'\]"),
+        ("interval", "ab", "sampling.interval: got 'ab', expected a list of 2 numbers or null"),
+        ("candidates", "2", "sampling.candidates: got '2'"),
+        ("repeats", 1.5, "sampling.repeats: got 1.5"),
+        ("weight_schedule", 3, "sampling.weight_schedule: got 3, expected a text or null"),
+        ("class_weight", "x", "sampling.class_weight: got 'x'"),
+        ("negative_text", 3, "guidance.negative_text: got 3, expected a text or null"),
+    ],
+)
+def test_a_value_of_another_type_is_one_line(field: str, value: object, message: str, tiny: clipward.Model) -> None:
+    with pytest.raises(clipward.InputError, match=message) as raised:
+        tiny.sample(**{"text": "a man", "n_samples": 1, field: value})
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("clip", 3, "guidance.clip: got 3, expected a text or a list of texts or null"),
+        ("neutral", 3, "guidance.neutral: got 3"),
+        ("contrasts", 5, "guidance.contrasts: got 5, expected a text or a list of lists or null"),
+        ("device", "nope", "device: got 'nope', expected one of this machine"),
+        ("foo", 1, "sampling: got foo, expected one of method"),
+    ],
+)
+def test_an_argument_of_another_type_is_one_line(field: str, value: object, message: str) -> None:
+    with pytest.raises(clipward.InputError, match=message):
+        clipward.load("faces64", **{field: value})
+
+
+def test_a_negative_text_needs_a_text(tiny: clipward.Model) -> None:
+    with pytest.raises(clipward.InputError, match="negative_text: got 'hats', but no picture is guided"):
+        tiny.sample(n_samples=1, negative_text="hats")
