@@ -293,6 +293,10 @@ class ClipwardCLI(LightningCLI):
             bars = [each for each in trainer.callbacks if type(each) in standard]
             trainer.callbacks = [each for each in trainer.callbacks if each not in bars]
             trainer.callbacks.append(PredictionProgress(self.config.predict.save_dir, bool(bars)))
+        elif trainer.max_epochs in (None, -1):  # where rich is installed, its bar would say "Epoch 0/-2"
+            trainer.callbacks = [
+                TQDMProgressBar() if type(each) is RichProgressBar else each for each in trainer.callbacks
+            ]
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
