@@ -1,6 +1,7 @@
 """A command that is asked to end does so soon, says how to go on, and leaves no process behind."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -99,6 +100,22 @@ def test_no_process_outlives_the_main_one(number: signal.Signals, config: str, t
     short = start(*flags)
     assert short.wait(timeout=300) == 0, short.communicate()[0]
     assert len(metadata(tmp_path / "x")) == 10
+    assert not list((tmp_path / "x").glob(".*"))
+
+
+@pytest.mark.slow
+def test_two_runs_into_one_folder_at_once(config: str, tmp_path: Path) -> None:
+    flags = ["predict", "-c", config, *LONG, "--save_dir", str(tmp_path / "x")]
+    runs = [start(*flags) for _ in range(2)]
+    said = [run.communicate(timeout=240)[0].strip() for run in runs]
+    assert sorted(run.returncode for run in runs) in ([0, 0], [0, 1]), said
+    for run, text in zip(runs, said, strict=True):
+        assert "Traceback" not in text
+        if run.returncode:
+            reason = "another run (is writing|has written) to"
+            assert re.fullmatch(rf"error: save_dir: {reason} {tmp_path / 'x'}; .*", text.splitlines()[-1])
+    assert [row["index"] for row in metadata(tmp_path / "x")] == list(range(10))
+    assert len(list((tmp_path / "x").glob("0*.png"))) == 10
     assert not list((tmp_path / "x").glob(".*"))
 
 
