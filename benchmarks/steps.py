@@ -1,6 +1,6 @@
 """Compare solvers at few and at many steps: one table, one figure.
 
-    python benchmarks/steps.py
+    python -m benchmarks.steps
 
 judges drawn faces of the tuning texts (``benchmarks/faces_tuning_texts.txt``, four pictures a text) that each solver
 draws with the default method in 10, 20 and 50 steps. The script writes ``out/steps/table.md``, ``figure.png`` and
@@ -9,7 +9,6 @@ so compare rows of the same number of pictures alone.
 """
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import torch
 from jsonargparse import auto_cli
 from matplotlib.figure import Figure
 
-from benchmarks.methods import JUDGES, ROOT, make_requests
+from benchmarks.methods import JUDGES, ROOT, save_requests
 from clipward.cli import main
 from clipward.datamodules.faces import FacesDataModule
 from clipward.evaluation.judgements import load_judgements
@@ -60,11 +59,7 @@ def compare(
     """
     sentences = texts.read_text().splitlines()
     requests = save_dir / "requests.jsonl"
-    content = "".join(json.dumps(request) + "\n" for request in make_requests(sentences, n_samples, seed))
-    if requests.exists() and requests.read_text() != content:
-        sys.exit(f"save_dir: {save_dir} has pictures of other texts or seeds; use another folder")
-    save_dir.mkdir(parents=True, exist_ok=True)
-    requests.write_text(content)
+    save_requests(requests, sentences, n_samples, seed)
     judged: dict[tuple[str, int], Path] = {}
     for name, flags in SOLVERS.items():
         for number in steps or [10, 20, 50]:

@@ -38,7 +38,7 @@ class Edit:
         init_image: the picture that is edited.
         strength: the noise level that the picture begins at, as a share of T: from 0, where it stays as it is, to 1,
             where it begins as pure noise. By default 0.6, or 1 with a mask.
-        mask: where the picture is drawn anew: white is, black is not. Grey of a share g is drawn anew from the noise
+        mask: where to draw: white is drawn, black stays as it is. Grey of a share g is drawn from the noise
             level g·strength on (Levin & Fried 2023, Differential Diffusion).
         outpaint: in place of a mask: the shares of the model's width and height that are drawn beside the picture, on
             its left, top, right and bottom. Left and right together are as much as top and bottom, so that it keeps its
@@ -107,7 +107,7 @@ class Edit:
         return F.pad(pixels[None], (left, right, top, bottom), "replicate")[0]
 
     def read_mask(self, shape: Sequence[int]) -> Tensor:
-        """(1, H, W) from 0, which stays as it is, to 1, which is drawn anew."""
+        """(1, H, W) from 0, which stays as it is, to 1, which is drawn."""
         _, height, width = shape
         if self.mask is not None:
             return _read("mask", self.mask, (height, width), 1, reports=True).float() / 255

@@ -38,7 +38,8 @@ from clipward.guidance.objectives import Objectives
 from clipward.guidance.weight_schedule import ScheduledGuidance, WeightSchedule
 from clipward.networks.channels import check_shown
 from clipward.networks.unet import UNet
-from clipward.sampling_config import ClassLabel, SamplingConfig
+from clipward.sampling_config import SamplingConfig
+from clipward.values import ClassLabel
 from clipward.weights.architecture import Architecture
 
 Watch = Callable[[State], None]

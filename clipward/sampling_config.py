@@ -9,9 +9,8 @@ from clipward.diffusion.solvers import SOLVERS, SolverName
 from clipward.errors import InputError, shorten
 from clipward.guidance.methods import AUTO, METHODS, MethodName
 from clipward.guidance.weight_schedule import WeightSchedule
-from clipward.values import check_types
+from clipward.values import ClassLabel, check_types
 
-ClassLabel = str | int | None  # a name or a number; None is that of the settings
 MOST_TOGETHER = 1024  # pictures that must be drawn at once, and walks of one step
 
 
@@ -60,7 +59,7 @@ class SamplingConfig:
     solver: SolverName | None = None
     ddim: bool | None = None
     ddim_eta: float = 0.0
-    class_label: str | int | None = None
+    class_label: ClassLabel = None
     class_weight: float = 0.0
     var_type: VarType | None = None
     clip_denoised: bool | None = None

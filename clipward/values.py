@@ -8,6 +8,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from clipward.errors import InputError, shorten
 
+ClassLabel = str | int | None  # a name or a number; None is that of the settings
 MOST_SEED = 2**63 - 1  # parquet has no larger whole numbers
 MOST_WEIGHT = 1e38  # float32 ends at 3.4e38
 ONE = {
@@ -77,7 +78,7 @@ def describe(kind: Any) -> str:
     return ONE[kind]
 
 
-def check_label(value: Any) -> str | int | None:
+def check_label(value: Any) -> ClassLabel:
     """The name or the number of a class, or None; which classes there are, the model knows.
 
     Raises:

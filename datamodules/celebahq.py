@@ -108,7 +108,7 @@ class CelebAHQDataModule(L.LightningDataModule):
         labels = None if self.labels is None else read_labels(rows, self.labels)
         sources = Sources(rows, self.image_column, self.first)
         good = self._choose(sources, captions)
-        held_out = self._held_out(len(good))
+        held_out = self.count_held_out(len(good))
         pictures = Pictures(sources, to_pair(self.size), captions, labels, self.cache, self.channels)
         pictures.class_column = None if self.classes is None else list(self.labels or {}).index(self.classes)
         self.train_set = Subset(pictures, good[: len(good) - held_out])
@@ -142,7 +142,7 @@ class CelebAHQDataModule(L.LightningDataModule):
             raise InputError(f"data.path: {message}; use data.strict false to leave them out")
         rank_zero_warn(f"data.path: {message}; left out")
 
-    def _held_out(self, count: int) -> int:
+    def count_held_out(self, count: int) -> int:
         """How many of ``count`` pictures are kept for validation."""
         if self.val_count is None:
             share = max(1, min(VAL_MOST, int(VAL_SHARE * count)))

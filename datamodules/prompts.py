@@ -13,7 +13,7 @@ from clipward.datamodules.requests import Request
 from clipward.datamodules.rows import Product, Requests, read_prompts, read_rows
 from clipward.editing import Edit, list_kinds
 from clipward.errors import InputError, shorten
-from clipward.values import MOST_SEED, check_seed, check_weight
+from clipward.values import MOST_SEED, ClassLabel, check_seed, check_weight
 
 MOST_SAMPLES = 2**31 - 1
 MOST_WAITING = 64  # kinds of edits
@@ -109,7 +109,7 @@ class PromptDataModule(L.LightningDataModule):
         """One edit of each kind that the requests have; None stands for pictures without any."""
         return list_kinds(self.requests.edits())
 
-    def list_labels(self) -> list[str | int | None]:
+    def list_labels(self) -> list[ClassLabel]:
         """The class labels of the requests; None stands for that of the run."""
         return list(dict.fromkeys(self.requests.labels()))
 

@@ -7,7 +7,7 @@ from typing import Any
 from clipward.editing import EDIT_FIELDS, Edit
 from clipward.errors import InputError, list_names, shorten
 from clipward.texts import check_text
-from clipward.values import check_label, check_seed, check_weight
+from clipward.values import ClassLabel, check_label, check_seed, check_weight
 
 FIELDS = ("text", "seed", "guidance_weight", "class_label", *EDIT_FIELDS)
 
@@ -34,7 +34,7 @@ class Request:
     seed: int
     guidance_weight: float
     edit: Edit | None = None
-    class_label: str | int | None = None
+    class_label: ClassLabel = None
 
     def __post_init__(self) -> None:
         found = check_request(self.text, self.seed, self.guidance_weight, self.edit)

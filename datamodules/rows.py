@@ -13,14 +13,13 @@ from clipward.datamodules.requests import Request, check_columns, check_request
 from clipward.editing import Edit
 from clipward.errors import InputError, first_line, shorten
 from clipward.texts import FAULTY, MARKS, check_text
-from clipward.values import check_label
+from clipward.values import ClassLabel, check_label
 
 EXPECTED = "a .txt, .jsonl or .parquet file or the name of a data set on the hub"
 EXAMPLE = '{"text": "a man", "seed": 1}'
 MOST_BYTES = 2**20  # of a line in a file
 
-Label = str | int | None
-Part = tuple[str, Sequence[int], Sequence[float], Sequence[Edit | None], Label]
+Part = tuple[str, Sequence[int], Sequence[float], Sequence[Edit | None], ClassLabel]
 
 
 class Product:
@@ -81,7 +80,7 @@ class Product:
         """Those of the requests."""
         return iter(self._edits)
 
-    def labels(self) -> Iterator[Label]:
+    def labels(self) -> Iterator[ClassLabel]:
         """The class labels of the requests, each at least once."""
         return iter([None])
 
@@ -136,7 +135,7 @@ class Rows:
         """Those of the requests."""
         return (edit for *_, edits, _ in self._parts() for edit in edits)
 
-    def labels(self) -> Iterator[Label]:
+    def labels(self) -> Iterator[ClassLabel]:
         """The class labels of the requests, each at least once."""
         return (label for *_, label in self._parts())
 
@@ -174,7 +173,7 @@ class Counted(Rows):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.count, kinds = 0, set()
-        self._labels: set[Label] = set()
+        self._labels: set[ClassLabel] = set()
         for _, seeds, weights, edits, label in self._parts():
             self.count += len(seeds) * len(weights) * len(edits)
             kinds |= {edit and edit.kind for edit in edits}
@@ -184,7 +183,7 @@ class Counted(Rows):
     def __len__(self) -> int:
         return self.count
 
-    def labels(self) -> Iterator[Label]:
+    def labels(self) -> Iterator[ClassLabel]:
         return iter(self._labels)
 
 

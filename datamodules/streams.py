@@ -20,7 +20,7 @@ BATCH = 64  # rows that are read at once
 class StreamDataModule(L.LightningDataModule):
     """Pictures of a data set that is read row by row and never as a whole, so that it may be of any size.
 
-    The shards are shuffled anew for each pass, and dealt to the processes and their workers; where there are fewer
+    The shards are shuffled again for each pass, and dealt to the processes and their workers; where there are fewer
     shards than workers, each worker takes every n-th row of all. Rows are shuffled within blocks of ``shuffle_buffer``.
     The stream has no end: ``trainer.max_steps`` is the length of the only epoch.
 
@@ -103,7 +103,7 @@ class StreamDataModule(L.LightningDataModule):
         return _StreamLoader(stream, steps, self.num_workers)
 
     def val_dataloader(self) -> DataLoader:
-        """Batches of the first pictures, read anew each time."""
+        """Batches of the first pictures, read again each time."""
         columns = next(self.rows.shard(self.rows.num_shards, 0).iter(self.val_count), {self.image_column: []})
         items = [item for item in map(self.read, to_rows(columns)) if item is not None]
         if not items:

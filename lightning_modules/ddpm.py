@@ -26,7 +26,8 @@ from clipward.networks.channels import check_shown
 from clipward.networks.sharding import fill, full_state, own_parameters, shard
 from clipward.networks.unet import UNet
 from clipward.sampler import Sampler, Watch
-from clipward.sampling_config import ClassLabel, SamplingConfig
+from clipward.sampling_config import SamplingConfig
+from clipward.values import ClassLabel
 from clipward.weights.architecture import Architecture, Weights
 from clipward.weights.load import load_weights, save_weights
 
@@ -87,6 +88,13 @@ class HasPictures(Protocol):
 
     size: int | Sequence[int]
     channels: int
+
+
+@runtime_checkable
+class HasClasses(Protocol):
+    """Data that may be of classes."""
+
+    class_names: list[str] | None
 
 
 class DDPMModule(Reproducible):
@@ -180,7 +188,7 @@ class DDPMModule(Reproducible):
     def _take_class_names(self) -> None:
         """Record the names of the data's classes, which the weights are trained on."""
         data = None if self._trainer is None or not self.trainer.training else self.trainer.datamodule
-        names = getattr(data, "class_names", None)
+        names = data.class_names if isinstance(data, HasClasses) else None
         if names is not None and self.architecture.unet.num_classes is not None:
             self.architecture = replace(self.architecture, class_names=tuple(names))
 
@@ -283,7 +291,7 @@ class DDPMModule(Reproducible):
         if given != wanted:
             show = [size[0] if size[0] == size[1] else size for size in (given, wanted)]
             raise InputError(f"data.size: got {show[0]}, expected {show[1]}, the model's")
-        if self.architecture.unet.num_classes is not None and getattr(data, "class_names", ()) is None:
+        if self.architecture.unet.num_classes is not None and isinstance(data, HasClasses) and data.class_names is None:
             raise InputError(NO_CLASSES)
         if data.channels != channels:
             raise InputError(

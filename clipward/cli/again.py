@@ -154,7 +154,7 @@ def to_flags(name: str, value: Any) -> list[str]:
 
 
 def check_pictures(record: dict[str, Any], given: Set[str]) -> None:
-    """Check that the pictures which were edited are the ones that the record knows, but for those ``given`` anew.
+    """Check that the pictures which were edited are the ones that the record knows, but for those ``given`` again.
 
     Raises:
         InputError: where one has changed, or was in memory alone.

@@ -47,7 +47,7 @@ class Order:
         method: how the text guides.
         skip_steps: steps from noise to picture.
         init_image: the file of a picture to edit.
-        mask: the file of what is drawn anew of it, in white.
+        mask: the file that is white where it is drawn.
         strength: the noise level that the edit begins at, from 0 to 1.
 
     Raises:
@@ -262,7 +262,7 @@ def build(studio: Studio) -> Any:
                 method = gradio.Dropdown(studio.methods, value=sampler.config.method, label="Method")
                 with gradio.Accordion("Edit a picture", open=False):
                     gradio.Markdown(
-                        "Upload a picture, and brush over what is drawn anew. Without a stroke, all of it is."
+                        "Upload a picture, and brush over the part to draw. Without a stroke, all of it is drawn."
                     )
                     edited = gradio.ImageEditor(
                         show_label=False,

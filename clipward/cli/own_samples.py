@@ -37,7 +37,7 @@ def draw_own_samples(trainer: L.Trainer, weights: str | None, data: OwnSamplesDa
         reason = str(error).partition(": ")[2].removesuffix(" or --overwrite true")
         raise InputError(f"data.samples_dir: {reason}") from error
     count = max(data.samples, len(requests.done))
-    check_training(count - data._held_out(count), data.batch_size, trainer)
+    check_training(count - data.count_held_out(count), data.batch_size, trainer)
     if next(iter(requests.predict_dataloader()), None) is None:
         if trainer.is_global_zero:
             writer.finish()  # a stop may have come between the last sample and this

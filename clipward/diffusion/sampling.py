@@ -113,7 +113,7 @@ def towards(pred: Prediction, step: Step, variance: float) -> Tensor:
 class KeepKnown:
     """A part of the picture is known: x_s has it at the noise level s (Lugmayr et al. 2022, RePaint eq. 8).
 
-    The noise is drawn anew for each step. At the last step there is none, so that the part comes back as it was.
+    Each step has noise of its own. At the last step there is none, so that the part comes back as it was.
 
     Args:
         image: (B, C, H, W) in [-1, 1].
