@@ -110,7 +110,7 @@ def test_validation_pictures_are_kept_apart(
 
 def test_at_most_512_are_kept_for_validation() -> None:
     data = CelebAHQDataModule("nowhere")
-    assert [data._held_out(count) for count in (50, 100, 9000, 26_000, 10**6)] == [1, 2, 180, 512, 512]
+    assert [data.count_held_out(count) for count in (50, 100, 9000, 26_000, 10**6)] == [1, 2, 180, 512, 512]
 
 
 def test_a_part_of_the_rows(tmp_path: Path) -> None:
