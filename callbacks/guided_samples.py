@@ -167,7 +167,8 @@ def log_scores(logger: Logger, table: list[Scores], step: int) -> None:
     for scores in table:
         numbers = {
             "prompt_accuracy": scores.prompt_accuracy,
-            **{f"prompt_accuracy/{Path(judge).stem}": share for judge, share in scores.judges.items()},
+            # not below prompt_accuracy, which is a file to MLflow and so can't be a folder too
+            **{f"prompt_accuracy_{Path(judge).stem}": share for judge, share in scores.judges.items()},
             "attribute_accuracy": scores.attribute_accuracy,
             "clip_similarity": scores.clip_similarity,
             "held_out_similarity": scores.held_out_similarity,

@@ -141,9 +141,10 @@ def test_fit_logs_saves_and_resumes_and_predict_takes_what_it_saved(config: str,
     guided = f"samples/{METHODS['contrastive'].weight:g}"
     assert len(judged["samples/0/fid"]) == len(judged[f"{guided}/kid"]) == 1
     assert 0 <= judged[f"{guided}/prompt_accuracy"][0] <= 1
-    assert judged[f"{guided}/prompt_accuracy/judge"] == judged[f"{guided}/prompt_accuracy"]
+    assert judged[f"{guided}/prompt_accuracy_judge"] == judged[f"{guided}/prompt_accuracy"]
     assert judged[f"{guided}/twin_distance"][0] > 0
     assert "samples/0/twin_distance" not in judged
+    assert not any(tag.startswith(f"{other}/") for tag in judged for other in judged)  # files and folders to MLflow
     main(["fit", "-c", config, "--ckpt_path", str(last), "--trainer.max_steps", "6"])
     main(["validate", "-c", config, "--ckpt_path", str(last)])
     predict(config, tmp_path / "a", "--ckpt_path", str(last), "--n_samples", "1")

@@ -12,6 +12,7 @@ from typing import get_type_hints
 import pytest
 import yaml
 from conftest import ROOT
+from lightning_utilities.core.imports import RequirementCache
 
 from clipward.cli import app, main
 from clipward.cli.help import COMMANDS, overview, short_help
@@ -478,3 +479,14 @@ def test_an_input_error_has_no_traceback_and_anything_else_has(monkeypatch: pyte
         main([])
     with pytest.raises(InputError):
         prepare("fit", [])
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_logger_without_its_package_is_named_in_one_line(
+    several: bool, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning.pytorch.loggers.wandb._WANDB_AVAILABLE", RequirementCache("nowhere>=1"))
+    loggers = [f"lightning.pytorch.loggers.{name}" for name in ("CSVLogger", "WandbLogger")]
+    logger = yaml.safe_dump({"trainer": {"logger": loggers if several else loggers[1]}})
+    said = "trainer.logger: Requirement 'nowhere>=1' not met. HINT: Try running `pip install -U 'nowhere>=1'`"
+    assert error_of("fit", "-c", config, "-c", write(tmp_path, logger)) == said

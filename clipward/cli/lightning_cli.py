@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
@@ -55,6 +56,7 @@ from clipward.sampling_config import SamplingConfig
 from clipward.yaml_files import read_mapping
 
 MENDABLE = (InputError, GuidanceError, MisconfigurationException)  # errors that are a person's to mend
+REQUIREMENT = re.compile("Requirement '.*")  # of a package that a logger needs, among what else was tried
 OF_THE_DISK = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE),
@@ -262,6 +264,8 @@ class ClipwardCLI(LightningCLI):
             super().instantiate_classes()
         except ValueError as error:  # the parser wraps what a constructor raises
             found = mendable(error)
+            if lacking := REQUIREMENT.search(str(error)):
+                found = InputError(f"trainer.logger: {lacking[0]}")
             if found is None or found is error:
                 raise
             raise found from None
