@@ -46,11 +46,17 @@ WITHOUT_EFFECT = ("trainer", "data", "micro_batch", "save_dir", "overwrite", "sh
 GRID_ROWS, GRID_COLUMNS = 16, 24
 
 
+class HasFirst(Protocol):
+    """All requests of a command, whose indices begin with ``first``; their number need not be known."""
+
+    first: int
+
+
 class HasDone(Protocol):
     """A data module that leaves out the requests whose indices are in ``done``, of all ``requests``."""
 
     done: Set[int]
-    requests: Any
+    requests: HasFirst
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -123,20 +129,16 @@ class PredictionWriter(BasePredictionWriter):
         self.gallery.drop_damaged(row for _, row in self._shown())
         return self.gallery.indices()
 
-    def check(self, requests: Any) -> set[int]:
+    def check(self, requests: HasFirst) -> set[int]:
         """Find what is finished, and check that no file of another one has a name that will be written.
-
-        Args:
-            requests: all of this command; their number need not be known.
 
         Raises:
             InputError: as :meth:`finished` does, and for such a file.
         """
         done = self.finished()
         if self.save_dir.exists():
-            first = getattr(requests, "first", 0)
-            count = first + len(requests) if isinstance(requests, Sized) else None
-            stranger = self.gallery.find_stranger(done, count, first)
+            count = requests.first + len(requests) if isinstance(requests, Sized) else None
+            stranger = self.gallery.find_stranger(done, count, requests.first)
             if stranger is not None:
                 raise InputError(
                     f"save_dir: {self.save_dir / stranger} is there and was not written by predict; move it or use "

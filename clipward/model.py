@@ -69,20 +69,8 @@ class Model:
         **settings: Any,
     ) -> list[Image.Image]: ...
 
-    @overload
-    def sample(
-        self,
-        text: str | Sequence[str] = ...,
-        *,
-        guidance_weight: float | None = ...,
-        n_samples: int = ...,
-        seed: int = ...,
-        progress: bool = ...,
-        callback: Watch | None = ...,
-        negative_text: str | None = ...,
-        return_tensors: Literal[True],
-        **settings: Any,
-    ) -> Tensor: ...
+    @overload  # the rest as above
+    def sample(self, text: str | Sequence[str] = ..., *, return_tensors: Literal[True], **settings: Any) -> Tensor: ...
 
     def sample(
         self,

@@ -147,7 +147,7 @@ class PromptDataModule(L.LightningDataModule):
         size = self.micro_batch
         if size == "auto":  # where memory runs out on a GPU, it is halved; a CPU would swap
             size = 256 if self.trainer is not None and self.trainer.strategy.root_device.type == "cuda" else 16
-        return DataLoader(Dealt(requests, size, self.done, rank, world), batch_size=None)
+        return DataLoader(Dealt(requests, size, self.done, rank, world, self.requests.kinds), batch_size=None)
 
 
 class Dealt(IterableDataset):
@@ -164,12 +164,20 @@ class Dealt(IterableDataset):
         done: indices to leave out.
         rank: which process.
         world: of how many.
+        kinds: of edits, as far as it is known.
     """
 
     def __init__(
-        self, requests: Iterable[Request], micro_batch: int, done: Set[int] = frozenset(), rank: int = 0, world: int = 1
+        self,
+        requests: Iterable[Request],
+        micro_batch: int,
+        done: Set[int] = frozenset(),
+        rank: int = 0,
+        world: int = 1,
+        kinds: int = 1,
     ) -> None:
         self.requests, self.micro_batch, self.done, self.rank, self.world = requests, micro_batch, done, rank, world
+        self.kinds = kinds
 
     def __iter__(self) -> Iterator[dict[str, list]]:
         waiting: dict[Any, list[Request]] = {}
@@ -200,7 +208,7 @@ class Dealt(IterableDataset):
         Raises:
             TypeError: for a stream, and for rows with edits of several kinds, which don't know it.
         """
-        if not isinstance(self.requests, Sized) or getattr(self.requests, "kinds", 1) > 1:
+        if not isinstance(self.requests, Sized) or self.kinds > 1:
             raise TypeError("a stream has no length")
         return -(-(len(self.requests) - len(self.done)) // (self.micro_batch * self.world))
 

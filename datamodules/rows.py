@@ -50,6 +50,7 @@ class Product:
         if not texts and any(edit is not None and edit.image_prompt is not None for edit in edits):
             texts = [""]  # the picture guides alone
         self.texts, self.weights, self.seeds, self._edits, self.first = texts, weights, seeds, edits, first
+        self.kinds = 1  # of edits, which differ in their picture alone
         self.plain = unguided or not texts
 
     def __len__(self) -> int:
@@ -110,6 +111,7 @@ class Rows:
     ) -> None:
         self.rows, self.weights, self.seeds, self.source = rows, weights, seeds, source
         self._edits = edits
+        self.first, self.kinds = 0, 1  # kinds of edits that are known
 
     def __iter__(self) -> Iterator[Request]:
         index = 0

@@ -8,8 +8,11 @@ from PIL import Image
 
 from clipward.callbacks.gallery import Gallery
 from clipward.callbacks.prediction_writer import PredictionWriter
+from clipward.datamodules.prompts import PromptDataModule
 from clipward.errors import InputError
 from clipward.files import atomic_folder, atomic_write, check_writable, remove_leftovers
+
+FOUR = PromptDataModule(n_samples=4).requests
 
 
 def row(index: int) -> dict:
@@ -139,9 +142,9 @@ def test_files_of_others_stay(tmp_path: Path, output: str) -> None:
     for name, content in STRANGERS.items():
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_bytes(content)
-    assert writer.check(range(4)) == {0, 2}
+    assert writer.check(FOUR) == {0, 2}
     again = PredictionWriter(str(out), OTHER, overwrite=True, output="files")
-    assert again.check(range(4)) == set()
+    assert again.check(FOUR) == set()
     again.gallery.clear()
     again.gallery.merge()
     left = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
@@ -169,13 +172,13 @@ def test_a_name_that_another_file_has_is_refused(tmp_path: Path, output: str, na
     for command in (COMMAND, OTHER):
         writer = PredictionWriter(str(out), command, overwrite=True, output=output)
         with pytest.raises(InputError, match=f"save_dir: {out / name} is there and was not written by predict"):
-            writer.check(range(4))
+            writer.check(FOUR)
     assert (out / name).read_bytes() == content
 
 
 def test_a_name_that_is_not_needed_is_not_refused(tmp_path: Path) -> None:
     taken(tmp_path / "x").save_dir.joinpath("000009.png").write_bytes(b"mine")
-    assert PredictionWriter(str(tmp_path / "x"), COMMAND).check(range(4)) == {0, 2}
+    assert PredictionWriter(str(tmp_path / "x"), COMMAND).check(FOUR) == {0, 2}
 
 
 def test_metadata_names_nothing_outside(tmp_path: Path) -> None:
@@ -187,7 +190,7 @@ def test_metadata_names_nothing_outside(tmp_path: Path) -> None:
     lines += [{"index": index, "file_name": "000000.png"} for index in ("0", -1, True, None, 2.0)]
     with (tmp_path / "x/metadata.jsonl").open("a") as file:
         file.writelines(json.dumps(line) + "\n" for line in [*lines, [], 3, "x", {}])
-    assert writer.check(range(4)) == {0, 2}
+    assert writer.check(FOUR) == {0, 2}
     writer.gallery.clear()
     assert precious.exists()
 
@@ -201,7 +204,7 @@ def test_a_damaged_file_is_made_again(tmp_path: Path, output: str, harm: str) ->
     content = (out / name).read_bytes()
     (out / name).write_bytes({"empty": b"", "cut": content[:-20], "other": b"x" * len(content)}[harm])
     again = PredictionWriter(str(out), COMMAND, output=output)
-    assert again.check(range(4)) == ({0} if output == "files" else set())
+    assert again.check(FOUR) == ({0} if output == "files" else set())
     again.gallery.merge()
     assert not (out / name).exists()
     assert writer.save_dir.joinpath("metadata.jsonl").exists()
@@ -213,22 +216,22 @@ def test_a_picture_of_the_figure_that_cannot_be_opened_is_made_again(tmp_path: P
     place = content.index(b"IDAT")
     content[place + 6 : place + 10] = b"\xff" * 4
     path.write_bytes(content)
-    assert PredictionWriter(str(tmp_path / "x"), COMMAND).check(range(4)) == {0}
+    assert PredictionWriter(str(tmp_path / "x"), COMMAND).check(FOUR) == {0}
 
 
 def test_a_config_without_pictures_blocks_nothing(tmp_path: Path) -> None:
     (tmp_path / ".config.predict.yaml.123").write_text("")
-    assert PredictionWriter(str(tmp_path), COMMAND).check(range(4)) == set()
+    assert PredictionWriter(str(tmp_path), COMMAND).check(FOUR) == set()
     (tmp_path / "config.predict.yaml").write_text(OTHER)
     (tmp_path / "holiday.png").write_bytes(b"x")
-    assert PredictionWriter(str(tmp_path), COMMAND).check(range(4)) == set()
+    assert PredictionWriter(str(tmp_path), COMMAND).check(FOUR) == set()
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"a: [", b"- a", b"3", b"\x00" * 9])
 def test_a_config_that_cannot_be_read_is_one_line(tmp_path: Path, content: bytes) -> None:
     taken(tmp_path / "x").save_dir.joinpath("config.predict.yaml").write_bytes(content)
     with pytest.raises(InputError, match=r"save_dir: .*config\.predict\.yaml .*; use another folder$"):
-        PredictionWriter(str(tmp_path / "x"), COMMAND, overwrite=True).check(range(4))
+        PredictionWriter(str(tmp_path / "x"), COMMAND, overwrite=True).check(FOUR)
 
 
 def test_one_run_at_a_time_writes_to_a_folder(tmp_path: Path) -> None:
