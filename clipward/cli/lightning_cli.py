@@ -409,6 +409,7 @@ def run(command: str, args: Sequence[str]) -> None:
     arguments = [command, *(args if cli is Help else prepare(command, args, with_default=not cli.again.hashes))]
     end_with_main()
     signals = StopSignals(PATIENCE)
+    logging.basicConfig(format="%(message)s")  # before a library does so, with its names in front of each line
     if command == "predict":
         signals.install()
         logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
