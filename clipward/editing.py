@@ -260,7 +260,9 @@ def _report_size(field: str, size: tuple[int, int], given: tuple[int, int], sour
     if _is_first_process():
         name = shorten(source) if isinstance(source, str) else "the picture"
         what = "" if wide * height == high * width else "its middle is "
-        log.warning(f"{field}: {name} has {wide}×{high} pixels; {what}resized to {width}×{height}, as are all of another size")
+        log.warning(
+            f"{field}: {name} has {wide}×{high} pixels; {what}resized to {width}×{height}, as are all of another size"
+        )
 
 
 def _is_first_process() -> bool:
