@@ -11,6 +11,7 @@ import lightning as L
 import torch
 
 from clipward.callbacks.gallery import MARK, read_mark, to_line
+from clipward.callbacks.signals import StopSignals
 from clipward.errors import InputError
 from clipward.evaluation.cost import CostMeter
 from clipward.evaluation.judgements import Judgement, save_judgements
@@ -35,6 +36,8 @@ class Evaluation(L.Callback):
 
     ``report.json`` has the scores. ``pictures.parquet`` has what the judges say of each picture and its features, from
     which all scores can be computed again. ``curve.png`` and TensorBoard's events have prompt accuracy against FID.
+
+    SIGTERM and SIGINT raise :class:`clipward.callbacks.signals.Stopped` while it draws.
 
     Args:
         judges: which networks look at the pictures.
@@ -65,8 +68,10 @@ class Evaluation(L.Callback):
                     f"save_dir: {path} is there and was not written by test; move it or use another folder"
                 )
         self.judgements: list[Judgement] = []
+        self.signals = StopSignals()
 
     def on_test_start(self, trainer: L.Trainer, pl_module: HasSampler) -> None:
+        self.signals.install()  # after the Trainer's own, which ends nothing before the next batch
         self.meter = CostMeter(pl_module.sampler.network, pl_module.sampler.models.loaded())
 
     def on_test_batch_start(
@@ -86,12 +91,19 @@ class Evaluation(L.Callback):
         cost = self.meter.stop(len(batch["text"]))
         self.judgements += self.judges.judge_pictures(batch, outputs["image"], cost, pl_module.sampler.models)
         self.provenance = outputs["provenance"] | {"features": self.judges.features_name}
+        self.signals.check()
 
     def on_test_end(self, trainer: L.Trainer, pl_module: HasSampler) -> None:
         self.meter.remove()
         judgements = self._gather(trainer.world_size)
-        if not trainer.is_global_zero:
-            return
+        if trainer.is_global_zero:
+            self._write(judgements, pl_module)
+        self.signals.restore()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: HasSampler, exception: BaseException) -> None:
+        self.signals.restore()
+
+    def _write(self, judgements: list[Judgement], pl_module: HasSampler) -> None:
         reference = None
         if self.data is not None:
             self.data.setup("validate")

@@ -5,10 +5,13 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 MAIN = "CLIPWARD_MAIN"  # the process that launched this one to work beside it
+TORCH_LOG = "TORCH_CPP_LOG_LEVEL"  # of the processes that it launches: a lost connection is a warning of forty lines
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PATIENCE = 10.0  # seconds that a process has to end in after a signal
 GRACE = 3.0  # seconds that a process has to end in after the main process is gone
@@ -84,6 +87,7 @@ def end_with_main() -> None:
     if not is_launched():
         if os.environ.get("LOCAL_RANK", "0") == "0":
             os.environ[MAIN] = str(os.getpid())
+            os.environ.setdefault(TORCH_LOG, "ERROR")
         return
     threading.Thread(target=_watch, args=(int(os.environ[MAIN]),), daemon=True, name="clipward-watch").start()
 
@@ -96,8 +100,30 @@ def _watch(main: int) -> None:
     os._exit(1)
 
 
-def wait_for_main() -> None:
-    """Wait until the main process is gone, which would take an end before its own for a failure."""
+def wait_for_main() -> bool:
+    """Wait until the main process is gone, which would take an end before its own for a failure.
+
+    Returns:
+        whether this process was launched by one that is gone.
+    """
+    if not is_launched():
+        return False
     patient_until = time.monotonic() + PATIENCE
-    while is_launched() and os.getppid() == int(os.environ[MAIN]) and time.monotonic() < patient_until:
+    while os.getppid() == int(os.environ[MAIN]) and time.monotonic() < patient_until:
         time.sleep(0.1)
+    return os.getppid() != int(os.environ[MAIN])
+
+
+@contextmanager
+def quiet_after_main(own: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """End without a word where a connection fails because the main process has ended, for that one has said why.
+
+    Args:
+        own: errors that this process says itself.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # torch.distributed's are
+        if not isinstance(error, own) and wait_for_main():
+            sys.exit(1)
+        raise

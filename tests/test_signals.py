@@ -16,8 +16,11 @@ from conftest import ROOT, metadata
 from clipward.callbacks.gallery import Gallery
 from clipward.callbacks.signals import MAIN, Stopped, StopSignals, is_launched
 from clipward.cli import main
+from clipward.networks.classifier import Classifier, save_classifier
+from clipward.networks.vocabulary import load_vocabulary
 
 LONG = ["--text", "a man", "--guidance_weight", "20", "--n_samples", "5", "--skip_steps", "60", "--micro_batch", "1"]
+FSDP = ["-c", "fsdp", "--trainer.devices", "2"]
 DDP = ["--trainer.strategy", "ddp", "--trainer.devices", "2"]
 
 
@@ -40,8 +43,8 @@ def until(seen: Callable[[], object], process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
-def count(out: Path) -> int:
-    return len(Gallery(out).indices()) if out.is_dir() else 0
+def count(out: Path, output: str = "files") -> int:
+    return len(Gallery(out, output).indices()) if out.is_dir() else 0
 
 
 def alive(group: int) -> list[int]:
@@ -101,6 +104,52 @@ def test_no_process_outlives_the_main_one(number: signal.Signals, config: str, t
     assert short.wait(timeout=300) == 0, short.communicate()[0]
     assert len(metadata(tmp_path / "x")) == 10
     assert not list((tmp_path / "x").glob(".*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("output", ["files", "webdataset", "parquet"])
+def test_a_sharded_predict_ends_at_a_signal_to_its_main_process(
+    output: str, number: signal.Signals, config: str, tmp_path: Path
+) -> None:
+    flags = ["predict", "-c", config, *LONG, "--output", output, "--shard_size", "2", "--save_dir", str(tmp_path / "x")]
+    process = start(*flags, *FSDP)
+    until(lambda: count(tmp_path / "x", output) >= 4, process)
+    process.send_signal(number)
+    said = process.communicate(timeout=120)[0]  # when the last process has ended
+    assert process.returncode == 128 + number, said
+    assert said.strip().endswith(f"stopped by {number.name}; the same command goes on where it stopped")
+    assert "Traceback" not in said
+    assert "frame #" not in said
+    before = count(tmp_path / "x", output)
+    main(flags)
+    assert 4 <= before < count(tmp_path / "x", output) == 10
+    assert len(metadata(tmp_path / "x")) == 10
+    assert not list((tmp_path / "x").glob(".*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("processes", [[], FSDP], ids=["one", "fsdp"])
+def test_test_ends_at_a_signal_and_writes_nothing(
+    processes: list[str], number: signal.Signals, config: str, tmp_path: Path
+) -> None:
+    save_classifier(tmp_path / "judge.safetensors", Classifier(load_vocabulary("faces")[0], 8))
+    flags = ["test", "-c", config, *LONG, "--judge", str(tmp_path / "judge.safetensors")]
+    process = start(*flags, *processes, "--n_samples", "200", "--save_dir", str(tmp_path / "x"))
+    heard: list[str] = []
+    for line in process.stdout or []:
+        heard.append(line)
+        if line.startswith("method: "):  # it begins to draw
+            break
+    process.send_signal(number)
+    said = "".join(heard) + process.communicate(timeout=120)[0]
+    assert process.returncode == 128 + number, said
+    ending = "the same command begins anew, for nothing is written before its end"
+    assert said.strip().endswith(f"stopped by {number.name}; {ending}")
+    assert "Traceback" not in said
+    assert "frame #" not in said
+    assert not (tmp_path / "x").exists()
 
 
 @pytest.mark.slow

@@ -34,7 +34,16 @@ from clipward.callbacks.evaluation import Evaluation
 from clipward.callbacks.gallery import Output
 from clipward.callbacks.prediction_writer import PredictionWriter
 from clipward.callbacks.progress import PredictionProgress
-from clipward.callbacks.signals import MAIN, PATIENCE, Stopped, StopSignals, end_with_main, is_launched, wait_for_main
+from clipward.callbacks.signals import (
+    MAIN,
+    PATIENCE,
+    Stopped,
+    StopSignals,
+    end_with_main,
+    is_launched,
+    quiet_after_main,
+    wait_for_main,
+)
 from clipward.cli.again import AGAIN, VARY, Again
 from clipward.cli.flags import DEFAULTS, EDIT_FLAGS, FLAGS, MODEL_FLAGS, NUMBER_FLAGS, REQUEST_FLAGS, Flag
 from clipward.cli.help import COMMANDS
@@ -57,6 +66,10 @@ from clipward.yaml_files import read_mapping
 
 MENDABLE = (InputError, GuidanceError, MisconfigurationException)  # errors that are a person's to mend
 REQUIREMENT = re.compile("Requirement '.*")  # of a package that a logger needs, among what else was tried
+ENDINGS = {  # what the same command does after a signal has ended it
+    "predict": "goes on where it stopped",
+    "test": "begins anew, for nothing is written before its end",
+}
 OF_THE_DISK = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE),
@@ -256,10 +269,10 @@ class ClipwardCLI(LightningCLI):
                     bool(config.save_progress),
                 )
                 self.requests.done = self.callback.check(self.requests.requests)
-                self.callback.signals.patience = PATIENCE
             else:
                 judges = Judges(config.judge, (r.text for r in self.requests.requests), config.features)
                 self.callback = Evaluation(judges, config.save_dir, config.overwrite)
+            self.callback.signals.patience = PATIENCE
         try:
             super().instantiate_classes()
         except ValueError as error:  # the parser wraps what a constructor raises
@@ -410,18 +423,20 @@ def run(command: str, args: Sequence[str]) -> None:
     end_with_main()
     signals = StopSignals(PATIENCE)
     logging.basicConfig(format="%(message)s")  # before a library does so, with its names in front of each line
-    if command == "predict":
+    if command in ENDINGS:
         signals.install()
+    if command == "predict":
         logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     try:
-        cli(
-            args=arguments,
-            save_config_callback=None,
-            seed_everything_default=0,
-            auto_configure_optimizers=False,
-            parser_class=ClipwardParser,
-            parser_kwargs={name: {"description": COMMANDS[name].does} for name in ClipwardCLI.subcommands()},
-        )
+        with quiet_after_main(MENDABLE):
+            cli(
+                args=arguments,
+                save_config_callback=None,
+                seed_everything_default=0,
+                auto_configure_optimizers=False,
+                parser_class=ClipwardParser,
+                parser_kwargs={name: {"description": COMMANDS[name].does} for name in ClipwardCLI.subcommands()},
+            )
     except (GuidanceError, MisconfigurationException) as error:
         raise InputError(str(error)) from error
     except OSError as error:
@@ -432,7 +447,7 @@ def run(command: str, args: Sequence[str]) -> None:
         sys.exit(128 + signal.SIGTERM)
     except Stopped as stopped:
         if first_process():
-            print(f"{stopped}; the same command goes on where it stopped", file=sys.stderr)
+            print(f"{stopped}; the same command {ENDINGS[command]}", file=sys.stderr)
         wait_for_main()
         if stopped.timer is not None:
             stopped.timer.cancel()
