@@ -19,6 +19,7 @@ from clipward.cli.help import COMMANDS, overview, short_help
 from clipward.cli.messages import finish, one_line
 from clipward.cli.renamed import RENAMED, find_renamed
 from clipward.cli.settings import find_config, prepare, shipped, split_config_flags
+from clipward.cli.trainer_values import check_trainer
 from clipward.errors import InputError
 from clipward.lightning_modules.ddpm import DDPMModule
 
@@ -321,6 +322,15 @@ def test_other_modules_keep_their_names() -> None:
             f"predict --text {'a|' * 100}a",
             f"text: '{'a|' * 18}a…{'|a' * 19}' has 101 parts, expected at most 100",
         ),
+        (
+            "fit -c faces --trainer.accumulate_grad_batches 0",
+            "trainer.accumulate_grad_batches: got 0, expected a whole number from 1 to 2147483647",
+        ),
+        (
+            "predict --trainer.limit_predict_batches 0",
+            "trainer.limit_predict_batches: got 0, expected a whole number from 1 to 2147483647, or a share above 0 "
+            "and up to 1.0",
+        ),
         ("predict --ddim_eta 0.5", "ddim_eta: got 0.5 without DDIM's steps, expected --ddim beside it"),
         (
             f"predict --class_label {'9' * 5000}",
@@ -346,10 +356,46 @@ def test_a_mistake_is_named_in_one_line(args: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("names", "values", "expected"),
+    [
+        ("accumulate_grad_batches check_val_every_n_epoch num_nodes", [0, -1, 10**20], "a whole number from 1 to {M}"),
+        ("max_steps max_epochs", [0, -2], "a whole number from 1 to {M}, or -1 for no limit"),
+        ("min_steps min_epochs log_every_n_steps", [-1], "a whole number from 0 to {M}"),
+        ("num_sanity_val_steps", [-2], "a whole number from 0 to {M}, or -1 for no limit"),
+        (
+            "limit_train_batches val_check_interval",
+            [0, -1, 0.0, 1.5, -0.5, float("nan")],
+            "a whole number from 1 to {B}",
+        ),
+        ("limit_val_batches overfit_batches", [-1, 1.5, float("inf")], "a whole number from 0 to {B}"),
+        ("gradient_clip_val", [-1, -0.5, float("nan"), float("inf")], "a number from 0 to {M}"),
+    ],
+)
+def test_a_number_of_the_trainer_that_is_out_of_range_is_named(names: str, values: list[float], expected: str) -> None:
+    most = 2**31 - 1
+    words = expected.format(M=most, B=f"{most}, or a share above 0 and up to 1.0")
+    for name in names.split():
+        for value in values:
+            with pytest.raises(InputError, match=f"^trainer.{name}: got {value}, expected {re.escape(words)}$"):
+                check_trainer({name: value})
+
+
+def test_numbers_of_the_trainer_that_are_in_range() -> None:
+    for settings in (
+        {},
+        {"max_steps": -1, "max_epochs": -1, "num_sanity_val_steps": -1, "gradient_clip_val": 0.5},
+        {"limit_val_batches": 0, "overfit_batches": 0.0, "val_check_interval": 0.25, "log_every_n_steps": 0},
+        {"val_check_interval": "00:01:00:00", "check_val_every_n_epoch": None, "limit_train_batches": 1.0},
+    ):
+        check_trainer(settings)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
         ("foo: 1", "foo: predict has no such setting; --help.all lists all"),
         ("trainer: {foo: 1}", "trainer.foo: predict has no such setting; --help.all lists all"),
+        ("trainer: null", "trainer: got null, expected settings"),
         ("trainer: 3", "trainer: got 3 in FILE, expected settings, or a file of them"),
         ("model: {init_args: {foo: 1}}", "model.foo: DDPMModule has no such setting; --help.all lists all"),
         (

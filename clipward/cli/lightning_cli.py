@@ -52,6 +52,7 @@ from clipward.cli.own_samples import draw_own_samples
 from clipward.cli.parser import OneLineParser
 from clipward.cli.precision import AUTO, PRECISIONS, choose_precision
 from clipward.cli.settings import prepare, shipped
+from clipward.cli.trainer_values import check_trainer
 from clipward.datamodules.celebahq import CelebAHQDataModule
 from clipward.datamodules.own_samples import OwnSamplesDataModule
 from clipward.datamodules.prompts import PromptDataModule
@@ -124,6 +125,7 @@ class ClipwardCLI(LightningCLI):
             if config.get(name) is not None:
                 raise InputError(f"{name}: got {shorten(config[name])} in a config, expected --{name} as a flag")
         self._check_model(config.model)
+        check_trainer(config.trainer)
         config.trainer.inference_mode = False
         self._set_precision(config)
         self._check_strategy(config.trainer)
