@@ -152,7 +152,10 @@ def test_weights_without_a_record_have_a_short_card(weights: Path, hub: Hub, tmp
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--push_to_hub", "faces", "--to", "diffusers"], "push_to_hub: got 'faces', expected USER/NAME"),
+        *(
+            (["--push_to_hub", name, "--to", "diffusers"], f"push_to_hub: got '{name}', expected USER/NAME")
+            for name in ("faces", "../x", "me/..", "me/a--b", "me-/x", "me/x.git", "é/x", "me/x/y")
+        ),
         (["--push_to_hub", "me/faces"], "push_to_hub: got --to safetensors beside it, expected --to diffusers"),
         (["--private", "true"], "private: got no --push_to_hub beside it"),
         (["--dry_run", "true"], "dry_run: got no --push_to_hub beside it"),

@@ -50,7 +50,9 @@ def convert(
     """
     if push_to_hub is not None:
         if not HUB_NAME.fullmatch(push_to_hub):
-            raise InputError(f"push_to_hub: got {shorten(push_to_hub)}, expected USER/NAME")
+            raise InputError(
+                f"push_to_hub: got {shorten(push_to_hub)}, expected USER/NAME of letters, digits, '-', '_' and '.'"
+            )
         if to != "diffusers":
             raise InputError(f"push_to_hub: got --to {to} beside it, expected --to diffusers")
     elif dry_run or private:

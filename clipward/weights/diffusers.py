@@ -29,7 +29,11 @@ from clipward.weights.keys import Naming, State, remap_state, rename_key
 
 NAME = "diffusers"
 VERSION = "0.35.0"  # whose names these are
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(?<!\.ckpt)(?<!\.pt)(?<!\.pth)(?<!\.bin)(?<!\.safetensors)")
+HUB_NAME = re.compile(  # as the hub has it, but for what looks like a file
+    r"(?!.{97}|.*(?:--|\.\.))\w[\w.-]*(?<![.-])/\w[\w.-]*(?<![.-])"
+    r"(?<!\.git)(?<!\.ckpt)(?<!\.pt)(?<!\.pth)(?<!\.bin)(?<!\.safetensors)",
+    re.ASCII,
+)
 FILES = tuple(f"diffusion_pytorch_model.{kind}" for kind in ("safetensors", "bin"))
 OWN = "clipward"  # our key in the config of the network
 NETWORK_FILE, SCHEDULER_FILE, PIPELINE_FILE = "config.json", "scheduler_config.json", "model_index.json"
