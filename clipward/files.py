@@ -252,7 +252,7 @@ def check_archive(path: Path, field: str) -> None:
 
 
 def read_safetensors(path: Path, field: str) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The metadata and the tensors, in float32, of a file that ``field`` names.
+    """The metadata and the tensors, numbers with a point in float32, of a file that ``field`` names.
 
     Raises:
         InputError: where the file is missing or damaged.
@@ -261,9 +261,11 @@ def read_safetensors(path: Path, field: str) -> tuple[dict[str, str], dict[str, 
         raise InputError(f"{field}: there is no file {shorten(path)}")
     try:
         with safe_open(path, "pt") as file:
-            return file.metadata() or {}, {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{field}: {shorten(path)} is damaged or no safetensors file ({first_line(error)})") from error
+    return metadata, {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
 
 
 def check_state(network: Mapping[str, Tensor], state: Mapping[str, Tensor], field: str) -> None:
@@ -275,7 +277,7 @@ def check_state(network: Mapping[str, Tensor], state: Mapping[str, Tensor], fiel
         field: the setting that names the file, for errors.
 
     Raises:
-        InputError: on the first key that is missing, extra, of another shape, or not finite.
+        InputError: on the first key that is missing, extra, of another shape or type, or not finite.
     """
     for name in sorted({*network, *state}):
         if name not in state:
@@ -285,6 +287,9 @@ def check_state(network: Mapping[str, Tensor], state: Mapping[str, Tensor], fiel
         if network[name].shape != state[name].shape:
             given, wanted = shorten(tuple(state[name].shape)), shorten(tuple(network[name].shape))
             raise InputError(f"{field}: got the key {name!r} of shape {given}, expected {wanted}")
+        if network[name].is_floating_point() and not state[name].is_floating_point():
+            kind = str(state[name].dtype).removeprefix("torch.")
+            raise InputError(f"{field}: got the key {name!r} of {kind} values, expected floating-point numbers")
         if state[name].is_floating_point() and not torch.isfinite(state[name]).all():
             raise InputError(f"{field}: got the key {name!r} with values that are not finite, expected finite numbers")
 

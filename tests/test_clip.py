@@ -1,10 +1,12 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY_CLIP
 from PIL import Image
+from safetensors.torch import save_file
 
 from clipward.diffusion.schedule import Schedule
 from clipward.errors import InputError
@@ -81,6 +83,28 @@ def test_a_clip_that_is_nowhere_is_refused(tmp_path: Path) -> None:
     (tmp_path / "open_clip_config.json").unlink()
     with pytest.raises(InputError, match=r"a folder without open_clip_config\.json"):
         Clip.load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("model_cfg", {"vision_cfg": {"layers": 10**9}}, "got 1000000000 layers in .*, expected at most 1000"),
+        ("model_cfg", {"text_cfg": {"layers": [1, 10**9]}}, r"got \[1, 1000000000\] layers"),
+        ("preprocess_cfg", {"mean": []}, r"got \[\] for mean in .*, expected three numbers"),
+        ("preprocess_cfg", {"std": [1, "x", 1]}, r"got \[1, 'x', 1\] for std"),
+    ],
+)
+def test_a_folder_of_absurd_settings_is_refused(part: str, change: dict, message: str, tmp_path: Path) -> None:
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": TINY_CLIP, part: change}))
+    with pytest.raises(InputError, match=f"^clip: {message}"):
+        Clip.load(str(tmp_path))
+
+
+def test_a_noise_level_of_another_network_is_refused(noisy_clip: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(noisy_clip, tmp_path / "clip")
+    save_file({"stranger": torch.zeros(3)}, folder / "noise_level.safetensors")
+    with pytest.raises(InputError, match=r"^clip: got no key '.*', expected one of shape"):
+        Clip.load(str(folder))
 
 
 def test_degrading_leaves_some_pictures_and_spoils_others() -> None:

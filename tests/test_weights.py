@@ -360,6 +360,14 @@ def test_a_header_of_a_huge_network_takes_no_memory(tmp_path: Path) -> None:
         load_weights(tmp_path / "a.safetensors")
 
 
+@pytest.mark.parametrize("kind", [torch.int32, torch.bool, torch.complex64])
+def test_weights_of_another_type_are_refused(tmp_path: Path, kind: torch.dtype) -> None:
+    state = {name: value.to(kind) for name, value in randomise(UNet(TINY_UNET)).state_dict().items()}
+    save_weights(tmp_path / "a.safetensors", Weights(TINY, state))
+    with pytest.raises(InputError, match=r"weights: got the key '.*' of (int32|bool|complex64) values, expected float"):
+        load_weights(tmp_path / "a.safetensors")
+
+
 @pytest.mark.parametrize("half", [False, True])
 def test_weights_that_are_not_finite_are_refused(tmp_path: Path, half: bool) -> None:
     state = randomise(UNet(TINY_UNET)).state_dict()

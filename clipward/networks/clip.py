@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clipward.errors import InputError, first_line, shorten
-from clipward.files import atomic_write, locate, read_safetensors, state_hash
+from clipward.files import atomic_write, check_state, locate, read_json, read_safetensors, state_hash
 from clipward.networks.channels import to_rgb
 from clipward.networks.noise_level import NoiseConditionedConv, with_noise_level
 from clipward.networks.torchscript import is_torchscript, read_torchscript
 from clipward.texts import Part
+from clipward.values import fits
 
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
 LEVEL_FILE = "noise_level.safetensors"  # what makes it noise-aware
+MOST_LAYERS = 1000
 OPENAI_PREPROCESSING = {
     "mode": "RGB",
     "mean": [0.48145466, 0.4578275, 0.40821073],
@@ -84,6 +86,7 @@ class Clip:
             if folder.is_dir():
                 if not (folder / CONFIG_FILE).is_file():
                     raise InputError(f"clip: got {name}, a folder without {CONFIG_FILE}; expected an open_clip folder")
+                _check_config(folder / CONFIG_FILE)
                 source = f"local-dir:{folder}"
             elif name.startswith("hf-hub:"):
                 source = name
@@ -102,7 +105,10 @@ class Clip:
             model = open_clip.create_model(source, require_pretrained=True, **options)
             if (folder / LEVEL_FILE).is_file():
                 state = read_safetensors(folder / LEVEL_FILE, "clip")[1]
-                make_noise_aware(model).load_state_dict(state, strict=False)
+                conv = make_noise_aware(model)
+                own = {key: value for key, value in conv.state_dict().items() if not key.startswith("conv.")}
+                check_state(own, state, "clip")
+                conv.load_state_dict(state, strict=False)
             config = open_clip.get_model_config(source)
             if options.get("force_quick_gelu"):
                 config["quick_gelu"] = True
@@ -193,6 +199,19 @@ def text_cosines(clip: Clip, image: Tensor, texts: Sequence[Sequence[Part]]) -> 
         for part in parts:
             weights[sentences.index(part.text), column] += part.weight / sum(abs(each.weight) for each in parts)
     return cosines @ weights
+
+
+def _check_config(file: Path) -> None:
+    """Refuse what open_clip would take hours for, or what would fail at the first picture."""
+    config = read_json(file, "clip")
+    model, pictures = (config.get(key) or {} for key in ("model_cfg", "preprocess_cfg"))
+    for part in ("vision_cfg", "text_cfg"):
+        layers = (model.get(part) or {}).get("layers", 1)
+        if any(type(each) is int and each > MOST_LAYERS for each in (layers if isinstance(layers, list) else [layers])):
+            raise InputError(f"clip: got {shorten(layers)} layers in {shorten(file)}, expected at most {MOST_LAYERS}")
+    for key in ("mean", "std"):
+        if key in pictures and not fits(tuple[float, float, float], pictures[key]):
+            raise InputError(f"clip: got {shorten(pictures[key])} for {key} in {shorten(file)}, expected three numbers")
 
 
 def _from_openai(file: Path) -> Any:
