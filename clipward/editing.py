@@ -161,6 +161,8 @@ def to_source(value: Any, field: str) -> Source:
         InputError: where ``field`` holds something else.
     """
     if isinstance(value, Image.Image):
+        if 0 in value.size:
+            raise InputError(f"{field}: got a picture of {value.width}×{value.height} pixels, expected some")
         file = io.BytesIO()
         (value if value.mode in PNG_MODES else value.convert("RGB")).save(file, "PNG")
         return file.getvalue()

@@ -27,6 +27,7 @@ from clipward.weights.architecture import Architecture
 from clipward.weights.load import load_weights
 
 MICRO_BATCH = 16  # pictures at once, as on the command line
+MOST_SAMPLES = 1_000_000  # of each text, for a call holds all of its pictures; the command line writes each
 
 
 class Model:
@@ -110,8 +111,11 @@ class Model:
         if not isinstance(text, Sequence):
             raise InputError(f"text: got {shorten(text)}, expected a sentence or a list of sentences")
         texts = [check_text(each) for each in ([text] if isinstance(text, str) else text)]
-        if not fits(int, n_samples) or n_samples < 1:
-            raise InputError(f"n_samples: got {shorten(n_samples)}, expected 1 or more")
+        if not all(each.strip() for each in texts):
+            raise InputError("text: got an empty one, expected sentences; leave it out for unguided pictures")
+        if not fits(int, n_samples) or not 1 <= n_samples <= MOST_SAMPLES:
+            raise InputError(f"n_samples: got {shorten(n_samples)}, expected 1 to {MOST_SAMPLES}")
+        check_switches(progress=progress, return_tensors=return_tensors)
         seed = check_seed(seed)
         check_seed(seed + n_samples - 1)
         if callback is not None and not callable(callback):
@@ -189,6 +193,7 @@ def load(
         InputError: where the weights cannot be read, or a setting is out of its range.
     """
     keep_freed_memory()
+    check_switches(use_ema=use_ema, compile=compile)
     shipped = _settings_of(str(weights).removeprefix(SHIPPED))
     name = f"{SHIPPED}{weights}" if shipped and not str(weights).startswith(SHIPPED) else str(weights)
     given = {
@@ -231,6 +236,13 @@ def check_names(given: Mapping[str, Any], *configs: type) -> None:
         raise InputError(f"sampling: got {unknown}, expected one of {', '.join(known)}")
 
 
+def check_switches(**given: Any) -> None:
+    """Raise :class:`InputError` for what is neither true nor false."""
+    for name, value in given.items():
+        if not isinstance(value, bool):
+            raise InputError(f"{name}: got {shorten(value)}, expected true or false")
+
+
 def find_device(device: str | torch.device | None) -> torch.device:
     """A device of this machine; by default a GPU where there is one, else the CPU.
 
@@ -238,8 +250,9 @@ def find_device(device: str | torch.device | None) -> torch.device:
         InputError: where there is no such device.
     """
     try:
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=place)
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        place = torch.device(auto if device is None else device)
+        torch.zeros((), device=place).item()  # which meta can't
     except (AssertionError, RuntimeError, TypeError) as error:
         raise InputError(f"device: got {shorten(device)}, expected one of this machine, such as cpu") from error
     return place

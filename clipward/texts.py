@@ -95,6 +95,8 @@ def split_negative(text: str | None) -> list[Part]:
     Raises:
         InputError: as :func:`split_text` does, and for a weight below 0.
     """
+    if text and not text.strip():
+        raise InputError(f"negative_text: got {shorten(text)}, expected a phrase; leave it out for none")
     try:
         parts = split_text(text or "")
     except InputError as error:

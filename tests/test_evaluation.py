@@ -149,6 +149,11 @@ def _root(symmetric: np.ndarray) -> np.ndarray:
     return vectors * np.sqrt(values.clip(min=0)) @ vectors.T
 
 
+def test_a_classifier_of_noisy_pictures_is_no_judge(classifier: str) -> None:
+    with pytest.raises(InputError, match=r"^judge: got .*, which looks at noisy pictures and guides; expected one of"):
+        load_judge(classifier)
+
+
 def test_a_clip_judges_by_the_nearest_sentence(tiny_clip: Path) -> None:
     entries = {
         "gender": {"woman": {"prompt": "a woman", "words": ["woman"]}, "man": {"prompt": "a man", "words": ["man"]}},

@@ -1,20 +1,23 @@
 """A process is killed before each of its file operations: the same command goes on, and leaves nothing behind."""
 
 import errno
+import multiprocessing
 import os
 import random
 import signal
-import subprocess
+import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import suppress
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT, metadata, tiny_module, tiny_trainer
+from conftest import metadata, tiny_module, tiny_trainer
 from PIL import Image
 
 from clipward.callbacks.checkpoints import AtomicCheckpointIO, last_checkpoint, remove_unfinished
@@ -194,29 +197,88 @@ def test_a_checkpoint_is_killed_before_each_file_operation(tmp_path: Path, kille
         assert torch.load(folder / "last.ckpt", weights_only=True)["step"] == 3
 
 
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def run_command(flags: list[str], environment: dict[str, str]) -> None:
+    os.environ.update(environment, OMP_NUM_THREADS="1")
+    main(flags)
+
+
+class Runs:
+    """Starts a command again and again, in processes that are forked from one which has imported all that takes long.
+
+    Args:
+        flags: of the command.
+        processes: how many work together.
+    """
+
+    def __init__(self, flags: list[str], processes: int) -> None:
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["clipward.cli.lightning_cli", "open_clip", "lightning.pytorch.callbacks"])
+        self.flags = flags
+        if processes > 1:
+            self.flags += ["--trainer.strategy", "ddp", "--trainer.devices", "1", "--trainer.num_nodes", str(processes)]
+        self.processes = processes
+
+    def start(self, out: Path) -> list[BaseProcess]:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()} if self.processes > 1 else {}
+        runs: list[BaseProcess] = []
+        for rank in range(self.processes):
+            settings = (address | {"NODE_RANK": str(rank)}) if address else {}
+            run = self.context.Process(target=run_command, args=([*self.flags, "--save_dir", str(out)], settings))
+            run.start()
+            runs.append(run)
+        return runs
+
+    def finish(self, out: Path) -> float:
+        """Run to the end; return the seconds that it took."""
+        began = time.monotonic()
+        for run in self.start(out):
+            run.join(timeout=300)
+            assert run.exitcode == 0
+        return time.monotonic() - began
+
+    def kill_at(self, out: Path, moments: list[float]) -> bool:
+        """Run, and kill each process at its moment; return whether one was."""
+        began = time.monotonic()
+        runs = self.start(out)
+        for moment, run in sorted(zip(moments, runs, strict=True), key=lambda each: each[0]):
+            run.join(timeout=max(0.0, began + moment - time.monotonic()))
+            if run.exitcode is None:
+                run.kill()
+        for run in runs:
+            run.join(timeout=60)
+        codes = [run.exitcode for run in runs]
+        assert -signal.SIGKILL in codes or codes == [0] * len(runs), codes
+        return codes != [0] * len(runs)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("output", ["files", "webdataset", "parquet"])
-def test_a_command_is_killed_at_random_times(config: str, tmp_path: Path, output: str) -> None:
+def test_a_command_is_killed_at_random_times_until_it_ends(
+    output: str, processes: int, config: str, tmp_path: Path
+) -> None:
     flags = ["predict", "-c", config, "--text", "a man", "--guidance_weight", "20", "--n_samples", "6"]
     flags += ["--skip_steps", "10", "--micro_batch", "1", "--output", output, "--shard_size", "3"]
-    command = [sys.executable, str(ROOT / "cli.py"), *flags]
-    settings = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, "--save_dir", str(tmp_path / "whole")], check=True, env=settings, capture_output=True)
+    runs = Runs(flags, processes)
+    runs.finish(tmp_path / "warm")
+    took = runs.finish(tmp_path / "whole")
     chance = random.Random(output)
-    for attempt in range(4):
-        out = tmp_path / str(attempt)
-        for _ in range(3):
-            process = subprocess.Popen(
-                [*command, "--save_dir", str(out)], env=settings, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-            )
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=chance.uniform(5, 15))
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-        subprocess.run([*command, "--save_dir", str(out)], check=True, env=settings, capture_output=True)
+    for attempt in range(2):
+        out, kills = tmp_path / str(attempt), 0
+        first = chance.uniform(0.3, 1.1) * took
+        while runs.kill_at(out, [first + chance.uniform(0, 0.5) for _ in range(processes)]):
+            kills += 1
+            first = chance.uniform(0.3, 1.1) * took
+        print(f"{output}, {processes} processes: {kills} kills")
         assert contents(out, output)[1] == contents(tmp_path / "whole", output)[1]
         assert not list(out.glob(".*"))
-        assert len(metadata(out)) == 12
+        assert [row["index"] for row in metadata(out)] == list(range(12))
         assert yaml.safe_load((out / "config.predict.yaml").read_text())["save_dir"] == str(out)
 
 

@@ -54,7 +54,7 @@ def test_a_model_that_fit_made(tmp_path: Path, tiny_clip: Path) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda model: model.sample("a man", n_samples=0), "n_samples: got 0, expected 1 or more"),
+        (lambda model: model.sample("a man", n_samples=0), "n_samples: got 0, expected 1 to 1000000"),
         (lambda model: model.sample("a man", steps=3), "sampling: got steps, expected one of method, "),
         (lambda model: model.sample("a man", skip_steps=0), "skip_steps: got 0, expected 1 to 100"),
         (lambda model: model.sample("a man"), "clip: got none"),
@@ -89,7 +89,12 @@ def tiny(tiny_weights: Path) -> clipward.Model:
         ("text", [3], "text: got 3, expected a sentence"),
         ("text", None, "text: got None, expected a sentence or a list"),
         ("text", "\ud800", r"expected one without the character U\+D800"),
-        ("n_samples", "2", "n_samples: got '2', expected 1 or more"),
+        ("text", ["a man", "\t"], "text: got an empty one, expected sentences; leave it out"),
+        ("n_samples", "2", "n_samples: got '2', expected 1 to 1000000"),
+        ("n_samples", 2**40, "n_samples: got 1099511627776"),
+        ("progress", "x", "progress: got 'x', expected true or false"),
+        ("return_tensors", 1, "return_tensors: got 1, expected true or false"),
+        ("init_image", Image.new("RGB", (0, 5)), "init_image: got a picture of 0×5 pixels"),
         ("n_samples", 1.5, "n_samples: got 1.5"),
         ("n_samples", True, "n_samples: got True"),
         ("seed", -1, "seed: got -1, expected a whole number from 0"),
@@ -109,6 +114,7 @@ def tiny(tiny_weights: Path) -> clipward.Model:
         ("repeats", 1.5, "sampling.repeats: got 1.5"),
         ("weight_schedule", 3, "sampling.weight_schedule: got 3, expected a text or null"),
         ("class_weight", "x", "sampling.class_weight: got 'x'"),
+        ("negative_text", " ", "negative_text: got ' ', expected a phrase; leave it out"),
         ("negative_text", 3, "guidance.negative_text: got 3, expected a text or null"),
     ],
 )
@@ -125,6 +131,12 @@ def test_a_value_of_another_type_is_one_line(field: str, value: object, message:
         ("neutral", 3, "guidance.neutral: got 3"),
         ("contrasts", 5, "guidance.contrasts: got 5, expected a text or a list of lists or null"),
         ("device", "nope", "device: got 'nope', expected one of this machine"),
+        ("device", "meta", "device: got 'meta', expected one of this machine"),
+        ("device", "", "device: got '', expected one of this machine"),
+        ("neutral", "", "neutral: got '', expected a sentence"),
+        ("neutral", "\ud800", "neutral: got .*, expected a sentence"),
+        ("use_ema", "yes", "use_ema: got 'yes', expected true or false"),
+        ("compile", 1, "compile: got 1, expected true or false"),
         ("foo", 1, "sampling: got foo, expected one of method"),
     ],
 )

@@ -76,7 +76,10 @@ def load_judge(name: str | Path) -> Judge:
     """
     path = locate(name)
     if not path.is_dir():
-        return load_classifier(name)
+        classifier = load_classifier(name)
+        if classifier.noise_aware:
+            raise InputError(f"judge: got {path}, which looks at noisy pictures and guides; expected one of clean ones")
+        return classifier
     missing = [file for file in (JUDGE_FILE, CONFIG_FILE) if not (path / file).is_file()]
     if missing:
         raise InputError(f"judge: got {path}, which has no {missing[0]}; expected a CLIP's folder with one")

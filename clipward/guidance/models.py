@@ -31,7 +31,7 @@ from clipward.networks.classifier import Classifier, load_classifier
 from clipward.networks.clip import Clip, text_cosines
 from clipward.networks.sharding import shard
 from clipward.networks.vocabulary import check_attributes
-from clipward.texts import Part, is_one_sentence, split_negative, split_text
+from clipward.texts import FAULTY, Part, is_one_sentence, split_negative, split_text
 from clipward.values import check_types
 
 LARGE = 200_000_000  # parameters of an image tower that is worth sharding: ViT-L and larger
@@ -66,6 +66,8 @@ class GuidanceConfig:
     def __post_init__(self) -> None:
         check_types(self, "guidance")
         split_negative(self.negative_text)
+        if self.neutral is not None and (not self.neutral.strip() or FAULTY.search(self.neutral)):
+            raise InputError(f"neutral: got {shorten(self.neutral)}, expected a sentence that is true of any picture")
         weights, names = self.clip_weights, self.clips
         if weights is not None and (len(weights) != len(names) or not all(weight > 0 for weight in weights)):
             raise InputError(f"clip_weights: got {weights}, expected a number above 0 for each of {len(names)} CLIPs")
