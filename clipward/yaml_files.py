@@ -1,12 +1,13 @@
 """YAML from a person: read without surprises, or refused in one line."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from clipward.errors import InputError, first_line
+from clipward.errors import InputError, first_line, shorten
 
 MAX_BYTES = 1_000_000
 MAX_VALUES = 100_000  # after aliases have been replaced by what they stand for
@@ -117,4 +118,15 @@ def read_mapping(path: Path, field: str = "config") -> dict[str, Any]:
     content = read_yaml(path, field)
     if not isinstance(content, dict):
         raise InputError(f"{field}: {path} has no settings, expected lines such as `skip_steps: 50`")
-    return {str(key): value for key, value in content.items()}
+    for key in _keys(content):
+        if not isinstance(key, str):
+            raise InputError(f"{field}: {path} has the key {shorten(key)}, expected names of settings")
+    return content
+
+
+def _keys(content: Any) -> Iterator[Any]:
+    """All keys of mappings inside of mappings."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield key
+            yield from _keys(value)

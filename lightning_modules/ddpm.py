@@ -342,7 +342,8 @@ class DDPMModule(Reproducible):
                     *request, self._shows_progress, self._watch, edits=batch["edit"], labels=batch["class_label"]
                 )
             except GuidanceError as error:
-                where = ", ".join(f"{name!r}: {shorten(values[error.position])}" for name, values in batch.items())
+                asked = {name: values[error.position] for name, values in batch.items() if name != "valid"}
+                where = ", ".join(f"{name!r}: {shorten(value)}" for name, value in asked.items() if value is not None)
                 raise GuidanceError(error.position, f"{error.reason} in request {{{where}}}") from error
             return {
                 "image": image,

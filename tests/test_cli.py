@@ -214,6 +214,19 @@ def test_the_default_config_draws_with_what_ships(
     assert Path("out", "000001.png" if command == "predict" else "report.json").exists()
 
 
+def test_a_weight_that_breaks_the_guidance_says_what_to_do(config: str, tmp_path: Path) -> None:
+    rows = [{"text": "a man", "guidance_weight": weight, "seed": 0} for weight in (20, 1e38)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--prompts", str(tmp_path / "rows.jsonl"), "--method", "clip_guidance", "--micro_batch", "1"]
+    command = ["predict", "-c", config, *flags, "--skip_steps", "3", "--save_dir", str(tmp_path / "out")]
+    stay = "use a smaller weight, or another text or method; pictures that are finished stay"
+    with pytest.raises(SystemExit, match=rf"^error: guidance: .* in request .'index': 1, [^\n]*; {stay}$"):
+        main(command)
+    (tmp_path / "rows.jsonl").write_text((tmp_path / "rows.jsonl").read_text().replace("1e+38", "20"))
+    main(command)
+    assert [row["guidance_weight"] for row in metadata(tmp_path / "out")] == [20, 20]
+
+
 def test_test_judges_prompt_accuracy(config: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     save_classifier(tmp_path / "judge.safetensors", Classifier(load_vocabulary("faces")[0], 8))
     flags = ["--judge", str(tmp_path / "judge.safetensors"), "--save_dir", str(tmp_path / "out"), "--n_samples", "3"]

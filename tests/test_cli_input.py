@@ -160,6 +160,8 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("a: \x00\n", "is no YAML"),
         ("a: !!python/name:os.system\n", "is no YAML"),
         ("- a\n", "has no settings"),
+        ("1: 2\n", "has the key 1, expected names of settings"),
+        ("model: {~: 1}\n", "has the key None, expected names"),
         ("", "has no settings"),
     ],
 )
@@ -271,6 +273,7 @@ def test_other_modules_keep_their_names() -> None:
         ),
         ("predict --seed_everything -1", "seed_everything: -1 is not in bounds, numpy accepts from 0 to 4294967295"),
         ("predict --save_dir null", "save_dir: got null, expected a folder"),
+        ("predict --save_dir s3://b/x", "save_dir: got 's3://b/x', expected a folder of this machine"),
         ("test --text x --save_dir=null", "save_dir: got null, expected a folder"),
         ("predict --output zip", "output: got 'zip', expected one of files, webdataset, parquet"),
         (

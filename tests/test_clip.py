@@ -12,7 +12,7 @@ from clipward.diffusion.schedule import Schedule
 from clipward.errors import InputError
 from clipward.guidance.objectives import ClipSimilarity, Ensemble
 from clipward.lightning_modules.degrade import degrade
-from clipward.networks.clip import OPENAI_PREPROCESSING, Clip, new_model, preprocess
+from clipward.networks.clip import OPENAI_PREPROCESSING, Clip, new_model, preprocess, save_folder
 
 STEP = Schedule.from_name("linear").step(700, 680)
 
@@ -91,12 +91,21 @@ def test_a_clip_that_is_nowhere_is_refused(tmp_path: Path) -> None:
         ("model_cfg", {"vision_cfg": {"layers": 10**9}}, "got 1000000000 layers in .*, expected at most 1000"),
         ("model_cfg", {"text_cfg": {"layers": [1, 10**9]}}, r"got \[1, 1000000000\] layers"),
         ("preprocess_cfg", {"mean": []}, r"got \[\] for mean in .*, expected three numbers"),
+        ("preprocess_cfg", {"std": [1, 0, 1]}, r"got \[1, 0, 1\] for std in .*, expected numbers above 0"),
         ("preprocess_cfg", {"std": [1, "x", 1]}, r"got \[1, 'x', 1\] for std"),
     ],
 )
 def test_a_folder_of_absurd_settings_is_refused(part: str, change: dict, message: str, tmp_path: Path) -> None:
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": TINY_CLIP, part: change}))
     with pytest.raises(InputError, match=f"^clip: {message}"):
+        Clip.load(str(tmp_path))
+
+
+def test_a_folder_of_weights_that_are_not_finite_is_refused(tmp_path: Path) -> None:
+    model = new_model(TINY_CLIP)
+    model.visual.proj.data[0, 0] = float("nan")
+    save_folder(tmp_path, model, TINY_CLIP, {"size": 16, **OPENAI_PREPROCESSING})
+    with pytest.raises(InputError, match=r"^clip: .* has values that are not finite \(visual.proj\)"):
         Clip.load(str(tmp_path))
 
 

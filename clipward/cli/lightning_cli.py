@@ -201,6 +201,8 @@ class ClipwardCLI(LightningCLI):
         if self.subcommand in ("predict", "test"):
             if config.save_dir in (None, "", "null"):
                 raise InputError(f"save_dir: got {config.save_dir or 'none'}, expected a folder")
+            if "://" in config.save_dir:
+                raise InputError(f"save_dir: got {shorten(config.save_dir)}, expected a folder of this machine")
             check_writable(Path(config.save_dir), "save_dir", folder=True)
         if self.subcommand != "fit":
             return
@@ -439,7 +441,10 @@ def run(command: str, args: Sequence[str]) -> None:
                 parser_class=ClipwardParser,
                 parser_kwargs={name: {"description": COMMANDS[name].does} for name in ClipwardCLI.subcommands()},
             )
-    except (GuidanceError, MisconfigurationException) as error:
+    except GuidanceError as error:
+        kept = "; pictures that are finished stay" if command == "predict" else ""
+        raise InputError(f"guidance: {error}; use a smaller weight, or another text or method{kept}") from error
+    except MisconfigurationException as error:
         raise InputError(str(error)) from error
     except OSError as error:
         if error.errno not in OF_THE_DISK:

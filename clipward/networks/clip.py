@@ -80,6 +80,7 @@ class Clip:
         try:
             if folder.is_file():
                 model = _from_openai(folder)
+                _check_finite(model, name)
                 config = _read_sizes(model)
                 preprocess_cfg = OPENAI_PREPROCESSING | {"size": config["vision_cfg"]["image_size"]}
                 return cls(model, open_clip.SimpleTokenizer(), preprocess_cfg, name, config)
@@ -109,6 +110,7 @@ class Clip:
                 own = {key: value for key, value in conv.state_dict().items() if not key.startswith("conv.")}
                 check_state(own, state, "clip")
                 conv.load_state_dict(state, strict=False)
+            _check_finite(model, name)
             config = open_clip.get_model_config(source)
             if options.get("force_quick_gelu"):
                 config["quick_gelu"] = True
@@ -212,6 +214,14 @@ def _check_config(file: Path) -> None:
     for key in ("mean", "std"):
         if key in pictures and not fits(tuple[float, float, float], pictures[key]):
             raise InputError(f"clip: got {shorten(pictures[key])} for {key} in {shorten(file)}, expected three numbers")
+    if 0 in pictures.get("std", ()):
+        raise InputError(f"clip: got {shorten(pictures['std'])} for std in {shorten(file)}, expected numbers above 0")
+
+
+def _check_finite(model: nn.Module, name: str) -> None:
+    for key, value in model.named_parameters():
+        if not torch.isfinite(value).all():
+            raise InputError(f"clip: {shorten(name)} has values that are not finite ({key}), expected finite numbers")
 
 
 def _from_openai(file: Path) -> Any:
