@@ -62,7 +62,7 @@ def test_each_cell_runs_on_a_tiny_model(config: str, monkeypatch: pytest.MonkeyP
 def test_the_notebook_runs_in_a_kernel(tmp_path: Path) -> None:
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     book = nbformat.read(NOTEBOOK, as_version=4)
-    nbclient.NotebookClient(book, timeout=600, resources={"metadata": {"path": str(ROOT)}}).execute()
+    nbclient.NotebookClient(book, timeout=600, iopub_timeout=60, resources={"metadata": {"path": str(ROOT)}}).execute()
     outputs = [each for cell in book.cells for each in cell.get("outputs", [])]
     assert len([each for each in outputs if "image/png" in each.get("data", {})]) == 5
     assert not [each for each in outputs if each.output_type == "error"]
