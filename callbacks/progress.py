@@ -164,8 +164,9 @@ def describe_run(
     """What runs on what, as names and values."""
     sampler, made = module.sampler, module.provenance()
     network = sampler.network
-    size, count = "×".join(map(str, sampler.architecture.size)), sum(p.numel() for p in network.parameters())
-    rows = [("weights", f"{made['weights']} ({made['weights_hash']}), {count / 1e6:.1f} M parameters, {size} pixels")]
+    (height, width), count = sampler.architecture.size, sum(p.numel() for p in network.parameters()) / 1e6
+    size = f"{width}×{height} pixels"
+    rows = [("weights", f"{made['weights']} ({made['weights_hash']}), {count:.1f} M parameters, {size}")]
     guided = next(iter(trainer.datamodule.guiding_texts()), None) is not None
     rows += describe_guidance(sampler, made, guided)
     repeats = "" if sampler.repeats() == 1 else f", each {sampler.repeats()} times"

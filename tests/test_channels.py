@@ -231,7 +231,13 @@ def test_data_that_differ_from_the_model_are_one_line(
 @pytest.mark.slow
 @pytest.mark.parametrize(("channels", "size", "mode"), [(1, 16, "L"), (3, [16, 24], "RGB"), (4, [32, 16], "RGBA")])
 def test_train_draw_and_judge(
-    channels: int, size: int | list[int], mode: str, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    channels: int,
+    size: int | list[int],
+    mode: str,
+    config: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     pictures = save_pictures(tmp_path / "pictures")
@@ -251,6 +257,7 @@ def test_train_draw_and_judge(
     with Image.open(tmp_path / "files/000001.png") as picture:
         height, width = (size, size) if isinstance(size, int) else size
         assert (picture.mode, picture.size) == (mode, (width, height))
+    assert f"parameters, {width}×{height} pixels" in " ".join(capsys.readouterr().out.split())
     judge = ["--judge", "clipward:faces64/judge.safetensors", "--save_dir", "judged", "--data", "data.yaml"]
     main(["test", "-c", config, "--weights", "own.safetensors", "--text", "a man", "--n_samples", "2", *judge])
     assert json.loads((tmp_path / "judged/report.json").read_text())["table"][0]["fid"] > 0

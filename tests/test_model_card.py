@@ -85,6 +85,7 @@ def test_a_dry_run_writes_the_folder_and_sends_nothing(
     files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
     assert set(re.findall(r"^  (\S+) ", shown, re.MULTILINE)) == files
     assert {"README.md", "config.fit.yaml", "samples.png", "model_index.json", "unet/config.json"} < files
+    assert re.search(r"^  README\.md  \d\.\d kB$", shown, re.MULTILINE)
     assert "nothing is uploaded" in shown
     UNet2DModel.from_pretrained(folder, subfolder="unet")
     card = (folder / "README.md").read_text()

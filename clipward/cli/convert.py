@@ -82,7 +82,9 @@ def convert(
     print(f"{target}: {count / 1e6:.1f} M parameters for {width}×{height} pictures")
     if push_to_hub is not None and dry_run:
         for file in sorted(file for file in path.rglob("*") if file.is_file()):
-            print(f"  {file.relative_to(path)}  {file.stat().st_size / 1e6:.2f} MB")
+            size = file.stat().st_size
+            shown = f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.1f} kB"
+            print(f"  {file.relative_to(path)}  {shown}")
         seen = "a private repository" if private else "which everybody sees"
         place = f"https://huggingface.co/{push_to_hub}, {seen}"
         print(f"nothing is uploaded; without --dry_run true, these files go to {place}")

@@ -115,6 +115,7 @@ def make_card(name: str, weights: Weights, source: str, record: Record) -> dict[
 def _text(name: str, weights: Weights, source: str, record: Record) -> str:
     architecture = weights.architecture
     height, width = architecture.size
+    channels = architecture.unet.image_channels
     count = sum(value.numel() for value in weights.state.values())
     head = {
         "library_name": "diffusers",
@@ -124,7 +125,7 @@ def _text(name: str, weights: Weights, source: str, record: Record) -> str:
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {name.rpartition('/')[2]}",
-        f"A diffusion model of {width}×{height} pictures with {architecture.unet.image_channels} channels: a U-Net of "
+        f"A diffusion model of {width}×{height} pictures with {channels} channel{'s' * (channels > 1)}: a U-Net of "
         f"{count / 1e6:.1f} M parameters that puts out {PUTS_OUT[architecture.parametrisation]}, with the "
         f"{architecture.schedule} noise schedule and T = {architecture.num_timesteps}.",
     ]
