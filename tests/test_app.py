@@ -194,9 +194,11 @@ def test_a_browser_edits_what_is_brushed(page: Any, tmp_path: Path) -> None:
     Image.new("RGB", (64, 64), (10, 200, 10)).save(tmp_path / "green.png")
     page.get_by_text("Edit a picture").click()
     said = page.locator("#edit").get_by_text("Upload an image")
-    said.wait_for()  # the editor is ready; what comes before is lost
-    page.locator("#edit input[type=file]").first.set_input_files(tmp_path / "green.png")
-    said.wait_for(state="hidden")
+    said.wait_for()
+    for _ in range(20):  # an upload is lost where the editor is not ready yet
+        if said.is_visible():
+            page.locator("#edit input[type=file]").first.set_input_files(tmp_path / "green.png")
+            page.wait_for_timeout(3000)
     page.get_by_role("button", name="Brush", exact=True).click()
     canvas = page.locator("#edit canvas").first
     canvas.scroll_into_view_if_needed()
