@@ -1,5 +1,6 @@
 """The callback of ``fit`` that draws guided samples while the model learns."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from clipward.evaluation.cost import Cost, CostMeter
 from clipward.evaluation.judges import Judges
 from clipward.evaluation.reference import Reference
 from clipward.evaluation.scores import Scores, summarise
+from clipward.guidance.core import GuidanceError
 from clipward.guidance.methods import Method
 from clipward.networks.channels import check_shown
 from clipward.sampler import HasSampler, to_picture
@@ -28,7 +30,9 @@ class GuidedSamples(L.Callback):
     """Draws the same requests every so often with the averaged weights.
 
     The samples go to the loggers that take pictures (TensorBoard, W&B and MLflow), and to ``samples`` in the log folder
-    as PNGs. The callback restores the states of all random generators, so that training does not change.
+    as PNGs. The callback restores the states of all random generators, so that training does not change. Where a model
+    that has hardly learned gives the guidance nothing to see, the samples stay grey, a warning says why, and training
+    goes on.
 
     Args:
         text: sentences; without any, the samples are unguided.
@@ -108,14 +112,23 @@ class GuidedSamples(L.Callback):
 
     def sample(self, cells: list[Cell], trainer: L.Trainer, pl_module: HasSampler) -> Tensor:
         """Sample a share of the cells in each process, and return all: (cells, C, H, W) in [-1, 1]."""
-        world, count = trainer.world_size, len(cells)
+        world, count, sampler = trainer.world_size, len(cells), pl_module.sampler
         share = -(-count // world)
         own = [cells[min(i * world + trainer.global_rank, count - 1)] for i in range(share)]
         images = []
         for start in range(0, share, self.micro_batch):
             chunk = own[start : start + self.micro_batch]
             texts, seeds = [cell.text for cell in chunk], [cell.seed for cell in chunk]
-            image, _ = pl_module.sampler.best_of_n(texts, seeds, [cell.guidance_weight for cell in chunk])
+            try:
+                image, _ = sampler.best_of_n(texts, seeds, [cell.guidance_weight for cell in chunk])
+            except GuidanceError as error:
+                if sampler.is_shared:  # the other processes wait for this one
+                    raise
+                warnings.warn(
+                    f"samples of step {trainer.global_step}: {error.reason}; {len(chunk)} samples stay grey",
+                    stacklevel=2,
+                )
+                image = torch.zeros(len(chunk), *sampler.shape, device=pl_module.device)
             images.append(image)
         gathered = trainer.strategy.all_gather(torch.cat(images))  # (world, share, C, H, W)
         return gathered.reshape(world, share, *images[0].shape[1:]).transpose(0, 1).flatten(0, 1)[:count]

@@ -82,6 +82,11 @@ class Sampler:
         return self.network.conv_in.weight.device
 
     @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of a picture: channels, height, width."""
+        return self.architecture.unet.image_channels, *self.architecture.size
+
+    @property
     def batch_multiple(self) -> int:
         """``config.batch_multiple``, or what suits the device and the size of the pictures."""
         alone = self.device.type == "cpu" and math.prod(self.architecture.size) >= SMALL

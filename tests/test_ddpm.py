@@ -236,6 +236,20 @@ def test_samples_during_fit_leave_the_training_bit_identical(tmp_path: Path, tin
         assert torch.equal(average, sampled.ema.average[name])
 
 
+def test_training_goes_on_where_samples_can_not_be_guided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise GuidanceError(0, "CLIP sees a near-constant picture at t=99")
+
+    monkeypatch.setattr(Sampler, "best_of_n", refuse)
+    sampler = GuidedSamples(n_samples=2, every_n_steps=3)
+    with pytest.warns(
+        UserWarning, match="samples of step 3: CLIP sees a near-constant picture at t=99; 2 samples stay"
+    ):
+        fitted(tmp_path, callbacks=(sampler,))
+    assert sampler._drawn_step == 12
+    assert len(list((tmp_path / "samples").glob("*.png"))) == 4
+
+
 def test_samples_are_drawn_at_the_ends_of_epochs(tmp_path: Path) -> None:
     from lightning.pytorch.loggers import TensorBoardLogger
 
