@@ -30,6 +30,7 @@ from jsonargparse import auto_cli
 from torch import Tensor, nn
 
 import clipward
+from clipward.cli.precision import choose_precision
 from clipward.networks.clip import OPENAI_PREPROCESSING, make_noise_aware, save_folder
 from clipward.networks.unet import UNet, UNetConfig
 from clipward.weights.architecture import Architecture, Weights
@@ -53,6 +54,7 @@ SMALL_CLIP = {
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
 }
 BATCH = 8  # pictures of a training step
+HAS_BF16 = choose_precision("cpu")[0] == "bf16-mixed"  # whether the processor computes in it
 
 
 def prepare(folder: Path, quick: bool) -> None:
@@ -96,7 +98,7 @@ def read_memory(field: str) -> int:
 # ours, as clipward.load and clipward fit give it
 
 
-def draw(method: str | None, folder: Path, steps: int) -> dict[str, float]:
+def draw(method: str | None, folder: Path, steps: int, bf16: bool = False) -> dict[str, float]:
     model = clipward.load(folder / "unet", clip=str(folder / "clip"), noisy_clip=str(folder / "noisy_clip"))
     settings: dict[str, Any] = {} if method is None else {"method": method}
     network_time = 0.0
@@ -116,7 +118,8 @@ def draw(method: str | None, folder: Path, steps: int) -> dict[str, float]:
     model.network.register_forward_pre_hook(begin)
     model.network.register_forward_hook(end)
     meter = Meter()
-    model.sample(TEXT if method else (), n_samples=1, skip_steps=steps + 1, callback=meter.end_step, **settings)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        model.sample(TEXT if method else (), n_samples=1, skip_steps=steps + 1, callback=meter.end_step, **settings)
     whole = meter.ends[-1] - meter.ends[0]
     return meter.found() | {"beside the network": (whole - network_time) / whole}
 
@@ -238,6 +241,7 @@ LOOPS: dict[str, Callable[[Path, int], dict[str, float]]] = {
     "diffusers, unguided": lambda folder, steps: draw_by_diffusers(0, folder, steps),
     "diffusers, one gradient": lambda folder, steps: draw_by_diffusers(1, folder, steps),
     "diffusers, community": lambda folder, steps: draw_by_diffusers(2, folder, steps),
+    **({"through the U-Net, bf16": lambda *given: draw("clip_guidance", *given, bf16=True)} if HAS_BF16 else {}),
     "training": train,
     "diffusers, training": train_by_diffusers,
 }
@@ -249,6 +253,7 @@ RATIOS = {  # of one loop's seconds to another's, and what is aimed at
     ("diffusers, community", "through the U-Net"): "≥ 1.7",
     ("diffusers, one gradient", "through the U-Net"): "≥ 1.25",
     ("training", "diffusers, training"): "≤ 0.95",
+    ("through the U-Net, bf16", "through the U-Net"): "≤ 0.62",
 }
 
 
