@@ -100,7 +100,9 @@ def test_any_sentence_can_be_written_with_escapes(parts: list) -> None:
 
 def test_a_negative_text_has_the_other_sign() -> None:
     assert split_negative("a beard | glasses:2") == [Part("a beard", -1), Part("glasses", -2)]
-    assert split_negative(None) == split_negative(" ") == []
+    assert split_negative(None) == []
+    with pytest.raises(InputError, match="negative_text: got ' ', expected a phrase; leave it out for none"):
+        split_negative(" ")
     with pytest.raises(InputError, match="negative_text: 'a beard' has the weight -1, expected one above 0"):
         clipward.GuidanceConfig(negative_text="a beard:-1")
     with pytest.raises(InputError, match=r"negative_text: part 2 of 'a \|' is empty"):
