@@ -70,7 +70,7 @@ def compare(
     seed: int = 1000,
     val_count: int = 24000,
     micro_batch: int = 32,
-    skip_steps: int = 50,
+    skip_steps: int | None = None,
 ) -> None:
     """Judge the methods, and make the table and the figure of all that have been judged.
 
@@ -83,7 +83,7 @@ def compare(
         seed: the first seed.
         val_count: unseen faces to compare with.
         micro_batch: pictures sampled at once.
-        skip_steps: steps of each picture.
+        skip_steps: steps of each picture; each method's own number by default.
     """
     sentences = texts.read_text().splitlines()
     number = n_samples * len(sentences)
@@ -100,15 +100,16 @@ def compare(
         print(f"{pictures.parent.name} at {weights}", flush=True)
         command = ["test", "-c", str(ROOT / "configs/faces.yaml"), "--judge", *JUDGES, "--data", "null"]
         command += ["--method", method, "--guidance_weight", *map(str, weights), "--save_dir", str(pictures.parent)]
-        main([*command, "--micro_batch", str(micro_batch), "--skip_steps", str(skip_steps), *flags])
+        command += [] if skip_steps is None else ["--skip_steps", str(skip_steps)]
+        main([*command, "--micro_batch", str(micro_batch), *flags])
 
     if is_due("faces", faces):
         save_judgements(faces, judge_faces(sentences, n_samples))
     if is_due("unguided", unguided):
-        judge("contrastive", [0], unguided, "--prompts", str(requests))
+        judge("glide", [0], unguided, "--prompts", str(requests))
     if is_due("rejection", pool):
         others = ["--seed", str(seed + number), "--n_samples", str((POOL - 1) * number)]
-        judge("contrastive", [0], pool, "--prompts", str(texts), *others)
+        judge("glide", [0], pool, "--prompts", str(texts), *others)
     for method, weights in methods.values():
         pictures = save_dir / method / "pictures.parquet"
         if is_due(method, pictures):

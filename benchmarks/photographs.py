@@ -57,7 +57,7 @@ def compare(
     reference: tuple[int, int] = (0, 4000),
     unseen: tuple[int, int] = (8000, 1000),
     micro_batch: int = 16,
-    skip_steps: int = 50,
+    skip_steps: int | None = None,
 ) -> None:
     """Judge the methods, and make the table and the figure of all that have been judged.
 
@@ -75,7 +75,7 @@ def compare(
         reference: the first row of those that pictures are compared with, and how many there are.
         unseen: the same of the photographs that no network has seen.
         micro_batch: pictures sampled at once.
-        skip_steps: steps of each picture.
+        skip_steps: steps of each picture; each method's own number by default.
     """
     sentences = texts.read_text().splitlines()
     requests = save_dir / "requests.jsonl"
@@ -95,7 +95,8 @@ def compare(
         command += ["--clip", clip, *(["--noisy_clip", noisy_clip] if noise_aware else [])]
         command += ["--prompts", str(requests), "--judge", *judges, "--save_dir", str(pictures.parent)]
         command += ["--method", method, "--guidance_weight", *map(str, guidance_weights)]
-        main([*command, "--micro_batch", str(micro_batch), "--skip_steps", str(skip_steps)])
+        command += [] if skip_steps is None else ["--skip_steps", str(skip_steps)]
+        main([*command, "--micro_batch", str(micro_batch)])
 
     judged = {name: load_judgements(pictures) for name, pictures in found.items() if pictures.exists()}
     twins = judged.get("unguided", [])

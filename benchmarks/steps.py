@@ -27,7 +27,7 @@ from clipward.files import atomic_write
 
 TEXTS = ROOT / "benchmarks/faces_tuning_texts.txt"
 SOLVERS: dict[str, list[str]] = {  # the flags of each
-    "DDPM": [],
+    "DDPM": ["--model.sampling.ddim", "false"],
     "DDIM": ["--ddim", "--skip_type", "trailing"],
     "DPM-Solver++(2M)": ["--solver", "dpmpp_2m", "--skip_type", "trailing"],
     "SDE-DPM-Solver++(2M)": ["--solver", "sde_dpmpp_2m", "--skip_type", "trailing"],

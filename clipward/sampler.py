@@ -38,7 +38,7 @@ from clipward.guidance.objectives import Objectives
 from clipward.guidance.weight_schedule import ScheduledGuidance, WeightSchedule
 from clipward.networks.channels import check_shown
 from clipward.networks.unet import UNet
-from clipward.sampling_config import SamplingConfig
+from clipward.sampling_config import STEPS, SamplingConfig
 from clipward.values import ClassLabel
 from clipward.weights.architecture import Architecture
 
@@ -113,21 +113,30 @@ class Sampler:
 
     def list_steps(self, edit: Edit | None, repeats: int | None = None) -> list[Step]:
         """The steps of a walk: with an init image, those that begin below its strength."""
-        scheduler = self.scheduler
-        if edit is not None and edit.invert:  # the way back goes through the same levels
-            scheduler = Scheduler("ddim", scheduler.skip_type, scheduler.offset)
-        steps = self.schedule.walk(self.config.skip_steps, scheduler)
+        steps = self.schedule.walk(self.count_steps(edit), self.scheduler(edit))
         if edit is not None and edit.strength is not None:
             steps = [step for step in steps if step.t < edit.strength * len(self.schedule)]
         return time_travel(steps, repeats or self.repeats(edit))
 
-    @property
-    def scheduler(self) -> Scheduler:
-        """How steps are taken: as the weights say, but for what ``config`` says."""
+    def count_steps(self, edit: Edit | None = None) -> int:
+        """The steps from pure noise to a picture, of which an edit takes the share that its strength says."""
+        if self.config.skip_steps is not None:
+            return self.config.skip_steps
+        return self.method.steps if self.scheduler(edit).sampler == self.method.solver else STEPS
+
+    def scheduler(self, edit: Edit | None = None) -> Scheduler:
+        """How steps are taken: as ``config`` says, else as the method does, else as the weights say."""
         scheduler, config = self.architecture.scheduler, self.config
-        if config.solver is not None or config.ddim is not None:
-            sampler = config.solver or ("ddim" if config.ddim else "ddpm")
-            scheduler = Scheduler(sampler, scheduler.skip_type, scheduler.offset)
+        sampler: str | None = config.solver
+        if edit is not None and edit.invert:  # the way back goes through the same levels
+            sampler = "ddim"
+        elif config.ddim is not None:
+            sampler = "ddim" if config.ddim else "ddpm"
+        elif sampler is None and scheduler.sampler == "ddpm" and (edit is None or edit.init_image is None):
+            sampler = self.method.solver
+        if sampler is not None:
+            skip_type = "trailing" if sampler in SOLVERS else scheduler.skip_type
+            scheduler = Scheduler(sampler, skip_type, scheduler.offset)
         if config.skip_type is not None:
             scheduler = replace(scheduler, skip_type=config.skip_type, offset=0, equal_strides=False)
         return scheduler
@@ -138,9 +147,7 @@ class Sampler:
         Raises:
             InputError: where the weights ask for steps that can't be taken here.
         """
-        if edit is not None and edit.invert:
-            return ddim(0.0)
-        name = self.scheduler.sampler
+        name = self.scheduler(edit).sampler
         if name in SOLVERS:
             return SOLVERS[name]()
         if name not in ("ddpm", "ddim"):
@@ -152,9 +159,7 @@ class Sampler:
 
     def adds_noise(self, edit: Edit | None = None) -> bool:
         """Whether steps add noise, without which candidates that were resampled would stay alike."""
-        if edit is not None and edit.invert:
-            return False
-        name = self.scheduler.sampler
+        name = self.scheduler(edit).sampler
         return name in ("ddpm", "sde_dpmpp_2m") or (name == "ddim" and self.config.ddim_eta > 0)
 
     @property
@@ -228,7 +233,7 @@ class Sampler:
                     "neither a solver nor noise; an inverted picture goes back by DDIM's steps"
                 )
             self.make_update(edit)
-        if self.config.ddim_eta and self.scheduler.sampler != "ddim":
+        if self.config.ddim_eta and self.scheduler().sampler != "ddim":
             raise InputError(f"ddim_eta: got {self.config.ddim_eta} without DDIM's steps, expected --ddim beside it")
         self._check_class(labels)
         if self.var_type == "learned_range" and not self.architecture.unet.learns_variance:
@@ -483,16 +488,17 @@ class Sampler:
         if edit is None:
             return record
         record |= edit.to_record()
+        if edit.init_image is not None:
+            record |= self._describe_steps(edit)
         if edit.masked:
             record["repeats"] = self.repeats(edit)
         if edit.invert:
-            record["sampler"] = "ddim(eta=0)"
             key = self._inversion_key(edit, self.find_class(label))
             record["round_trip_error"] = self._inversions[key][1] if key in self._inversions else None
         return record
 
     def _noise(self, seed: Sequence[int | str]) -> Noise:
-        return Noise(seed, (self.architecture.unet.image_channels, *self.architecture.size), self.device)
+        return Noise(seed, self.shape, self.device)
 
     @torch.no_grad()
     def _log_potential(
@@ -546,7 +552,7 @@ class Sampler:
         guidances: list[Guidance] = []
         place = self.method.clamp if self.clip_denoised else "never"
         config = self.config
-        clamping = self.scheduler.noise_of_clamped, config.dynamic_thresholding_ratio, config.sample_max_value
+        clamping = self.scheduler().noise_of_clamped, config.dynamic_thresholding_ratio, config.sample_max_value
         if self.clip_denoised:
             guidances.append(Clamp(None if place == "first" else weight == 0, *clamping))
         if objectives is not None:
@@ -555,7 +561,8 @@ class Sampler:
             guides = (
                 guide(weight) if schedule is None else [ScheduledGuidance(guide, weight, schedule, len(self.schedule))]
             )
-            for guidance in (RefuseFlat(weight), *guides):
+            looked_at = [RefuseFlat(weight)] if self.method.guided_by == "clip" else []  # others look at x_t, not at x̂0
+            for guidance in (*looked_at, *guides):
                 guidances.append(GuidanceInterval(guidance, low, high))
         if place == "last":
             guidances.append(Clamp(weight != 0, *clamping))
@@ -624,32 +631,33 @@ class Sampler:
         known = None if number < 0 else names[number] if names else number
         return {"class_label": known, "class_weight": self.config.class_weight}
 
-    def _describe_scheduler(self) -> dict[str, Any]:
-        """Which settings the weights chose, and not a person, where they have a choice of their own."""
-        config = self.config
-        if self.architecture.scheduler == Scheduler():
-            return {}
-        given = {
-            "sampler": config.ddim is not None or config.solver is not None,
-            "skip_type": config.skip_type is not None,
+    def _describe_steps(self, edit: Edit | None = None) -> dict[str, Any]:
+        """How steps are taken; ``by_weights`` names what the weights chose, where they have a choice of their own."""
+        config, scheduler, own = self.config, self.scheduler(edit), self.architecture.scheduler
+        name, by_weights = scheduler.sampler, []
+        if own != Scheduler():
+            chosen = config.ddim is None and config.solver is None and name == own.sampler
+            spaced = config.skip_type is None and (chosen or name not in SOLVERS)
+            by_weights = ["sampler"] * chosen + ["skip_type"] * spaced
+        return {
+            "steps": self.count_steps(edit),
+            "skip_type": scheduler.skip_type,
+            "sampler": f"ddim(eta={config.ddim_eta:g})" if name == "ddim" else name,
+            **({"ddim_eta": config.ddim_eta} if name == "ddim" else {}),
+            **({} if own == Scheduler() else {"by_weights": by_weights}),
         }
-        return {"by_weights": [name for name, is_given in given.items() if not is_given]}
 
     def settings(self) -> dict[str, Any]:
         """How pictures are made, for the record."""
-        config, scheduler = self.config, self.scheduler
+        config = self.config
         return {
             "method": self.method_name,
-            "steps": config.skip_steps,
+            **self._describe_steps(),
             "repeats": self.repeats(),
             "candidates": config.candidates,
             "interval": list(self.interval),
             **({} if config.weight_schedule is None else {"weight_schedule": config.weight_schedule}),
-            "skip_type": scheduler.skip_type,
             "batch_multiple": self.batch_multiple,
-            "sampler": f"ddim(eta={config.ddim_eta:g})" if scheduler.sampler == "ddim" else scheduler.sampler,
-            **({"ddim_eta": config.ddim_eta} if scheduler.sampler == "ddim" else {}),
-            **self._describe_scheduler(),
             "var_type": self.var_type,
             **self._describe_class(),
             "clip_denoised": self.clip_denoised,

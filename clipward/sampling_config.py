@@ -11,6 +11,7 @@ from clipward.guidance.methods import AUTO, METHODS, MethodName
 from clipward.guidance.weight_schedule import WeightSchedule
 from clipward.values import ClassLabel, check_types
 
+STEPS = 50  # where nothing else is said
 MOST_TOGETHER = 1024  # pictures that must be drawn at once, and walks of one step
 
 
@@ -29,11 +30,14 @@ class SamplingConfig:
         candidates: pictures to draw for each text, all at once. At five steps they are resampled by their weights,
             exp(w·L) of the guidance weight w and the objective L of the method (Feynman-Kac steering); where steps add
             no noise they are not. Of the last ones, the one that the CLIPs find nearest to its text is kept.
-        skip_steps: reverse steps to take.
-        skip_type: how they are spread over the noise levels; by default as the weights say, else ``uniform``.
+        skip_steps: reverse steps to take; by default the method's own number with the method's own solver, else 50.
+        skip_type: how they are spread over the noise levels; by default as the weights say, else ``trailing`` for a
+            solver and ``uniform`` for DDPM and DDIM.
         solver: take the steps of a solver that needs fewer, in place of DDPM's or DDIM's: ``dpmpp_2m``,
-            ``sde_dpmpp_2m`` or ``unipc``.
-        ddim: take DDIM's steps, or DDPM's; by default as the weights say, else DDPM's.
+            ``sde_dpmpp_2m`` or ``unipc``. By default the method's own, if it has one and a picture starts from pure
+            noise.
+        ddim: take DDIM's steps if true, DDPM's if false. By default the method's solver; where it has none, as the
+            weights say, else DDPM's.
         ddim_eta: DDIM's noise, from 0 (none) to 1 (as DDPM).
         class_label: the name or the number of the class of all pictures, for a model of classes; by default any class.
         class_weight: w of classifier-free guidance, (1 + w)·ε(x_t, c) − w·ε(x_t), beside what a text guides; 0 draws
@@ -54,7 +58,7 @@ class SamplingConfig:
     interval: tuple[float, float] | None = None
     weight_schedule: str | None = None
     candidates: int = 1
-    skip_steps: int = 50
+    skip_steps: int | None = None
     skip_type: SkipType | None = None
     solver: SolverName | None = None
     ddim: bool | None = None

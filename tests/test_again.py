@@ -9,6 +9,7 @@ from PIL import Image
 
 from clipward.callbacks.gallery import save_png
 from clipward.cli import main
+from clipward.cli.again import to_settings
 
 FLAGS = [
     *("--text", "an old man:2 | a hat:-1", "a girl", "--negative_text", "glasses", "--guidance_weight", "7.5", "30"),
@@ -52,6 +53,20 @@ def test_a_picture_is_made_again_to_the_byte(
     assert (tmp_path / "y" / name).read_bytes() == (drawn / name).read_bytes()
     assert metadata(tmp_path / "y") == [metadata(drawn)[index]]
     assert f"again: as {drawn / name} says\n" in capsys.readouterr().out
+
+
+def test_a_picture_by_the_methods_own_steps_is_made_again(drawn: Path, tmp_path: Path) -> None:
+    config = ["-c", drawn.parent / "mine.yaml", "--model", "clipward.lightning_modules.ddpm.DDPMModule"]
+    model = ["--weights", metadata(drawn)[0]["weights"], "--clip", metadata(drawn)[0]["clips"][0]]
+    run(*config, *model, "--n_samples", "1", "--text", "a man", "--save_dir", tmp_path / "x")
+    assert metadata(tmp_path / "x")[1]["sampler"] == "sde_dpmpp_2m"
+    run("--again", tmp_path / "x/000001.png", "--save_dir", tmp_path / "y")
+    assert (tmp_path / "y/000001.png").read_bytes() == (tmp_path / "x/000001.png").read_bytes()
+
+
+def test_a_picture_of_ddpm_steps_is_made_again_by_them(drawn: Path) -> None:
+    record = {**metadata(drawn)[0], "sampler": "ddpm"}
+    assert to_settings(record, drawn / "000000.png", "again")["model.sampling.ddim"] is False
 
 
 def test_a_picture_of_a_shard_is_made_again_from_its_metadata(drawn: Path, tmp_path: Path) -> None:

@@ -352,7 +352,7 @@ def test_a_picture_does_not_depend_on_its_batch(
 def test_a_pass_has_as_many_pictures_in_every_batch(tmp_path: Path, tiny_clip: Path, size: int, multiple: int) -> None:
     """And a lone picture pays for no other one from 128×128 pixels on."""
     torch.manual_seed(0)
-    module = tiny_module(clip=str(tiny_clip), image_size=size, sampling=SamplingConfig(skip_steps=2))
+    module = tiny_module(clip=str(tiny_clip), image_size=size, sampling=SamplingConfig(skip_steps=2, ddim=False))
     module.configure_model()
     randomise(module.unet)
     sizes: set[int] = set()
@@ -432,7 +432,7 @@ def test_a_walk_that_diverges_is_an_error_at_its_last_step_too(
     def diverging(x: torch.Tensor, pred: Prediction, step: Step, draw: Draw) -> torch.Tensor:
         return ancestral(x, pred, step, draw) * (float("inf") if step.s == -1 else 1)
 
-    module = tiny_module(weights=str(tiny_weights), sampling=SamplingConfig(skip_steps=2))
+    module = tiny_module(weights=str(tiny_weights), sampling=SamplingConfig(skip_steps=2, ddim=False))
     monkeypatch.setattr(Sampler, "make_update", lambda self, edit=None: diverging)
     with pytest.raises(GuidanceError, match="the picture diverges at t=0 in request"):
         tiny_trainer(tmp_path).predict(module, PromptDataModule(n_samples=1))
@@ -498,11 +498,16 @@ def test_predict_counts_what_it_computed_again(
         return g
 
     monkeypatch.setattr(guidance, "_derivative", lost)
+    models = {
+        "clip": str(tiny_clip),
+        "weights": str(tiny_weights),
+        "sampling": SamplingConfig(skip_steps=5, ddim=False),
+    }
     data = PromptDataModule(text=["a man"], guidance_weight=[20.0], n_samples=2, unguided=False)
-    module = tiny_module(clip=str(tiny_clip), weights=str(tiny_weights))
+    module = tiny_module(**models)
     (batch,) = tiny_trainer(tmp_path, precision="bf16-true").predict(module, datamodule=data)
     assert batch["float32_retries"] == [0, 5]
-    module = tiny_module(clip=str(tiny_clip), weights=str(tiny_weights))
+    module = tiny_module(**models)
     (exact,) = tiny_trainer(tmp_path).predict(module, datamodule=data)
     difference = (batch["image"] - exact["image"]).abs().mean(dim=(1, 2, 3))
     assert difference[1] < difference[0] < 0.2

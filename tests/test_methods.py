@@ -1,5 +1,6 @@
 """Each method against its own authors' step, transcribed on the same noise, network and CLIP."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,7 @@ def step_of(
     weight: Tensor = WEIGHTS,
     noisy: bool = False,
     objectives: Objectives | None = None,
+    number: int = 1,
 ) -> Tensor:
     x, noise = drawn
     if objectives is None:
@@ -57,7 +59,7 @@ def step_of(
         objectives = Objectives(Scaled(cosine, cosine.logit_scale), NOISE, cosine, distance)
     guidances = [Clamp()] * clamp + METHODS[method].guide(objectives, weight)
     denoise = GuidedDenoiser(NetworkDenoiser(NETWORK, "eps", "fixed_small"), guidances)
-    step = Schedule.from_name("linear").step(T, S)
+    step = replace(Schedule.from_name("linear").step(T, S), number=number)
     return ancestral(x, denoise(x, step), step, lambda: noise)
 
 
@@ -182,12 +184,14 @@ def views_of(x: Tensor) -> list[Tensor]:
     return [x, mirrored, x[..., down, :][..., down], mirrored[..., up, :][..., up]]
 
 
-def noisy_gradient(clip: Clip, x: Tensor, views: bool = False) -> Tensor:
-    """Makes ``clip`` noise-aware, and takes the gradient of its logit at x_t, or of its mean over four views."""
+def noisy_gradient(clip: Clip, x: Tensor, number: int | None = None) -> Tensor:
+    """Makes ``clip`` noise-aware, and takes the gradient of its logit at x_t, or of the mean over a step's views."""
     randomise(make_noise_aware(clip.model), seed=4)
     clip.noise_aware = True
     x = x.clone().requires_grad_()
-    seen = views_of(x) if views else [x]
+    first, mirrored, moved_first, moved_mirrored = views_of(x)
+    turns = {None: [x], 1: [first, moved_mirrored], 0: [mirrored, moved_first]}
+    seen = turns[None if number is None else number % 2]
     return torch.autograd.grad(sum(logit(view, clip, AT).sum() for view in seen) / len(seen), x)[0]
 
 
@@ -207,14 +211,14 @@ def limited(walk: Walk, score: Tensor, binds: bool) -> Tensor:
     return walk.with_prediction(x0.detach(), eps.detach())
 
 
-@pytest.mark.parametrize("strength", [0.05, 1e4])
-def test_contrastive_adds_the_gradient_over_four_views_to_the_score_up_to_a_limit(
-    drawn, tiny_clip: Path, strength: float
+@pytest.mark.parametrize(("strength", "number"), [(0.05, 1), (0.05, 2), (1e4, 3)])
+def test_contrastive_adds_the_gradient_over_views_to_the_score_up_to_a_limit(
+    drawn, tiny_clip: Path, strength: float, number: int
 ) -> None:
     clip, walk = Clip.load(str(tiny_clip)), Walk(drawn)
-    gradient = noisy_gradient(clip, drawn[0], views=True)
+    gradient = noisy_gradient(clip, drawn[0], number)
     expected = limited(walk, by(strength * PLAIN) * gradient, strength > 1)
-    moved("contrastive", clip, drawn, expected, walk, weight=strength * PLAIN, noisy=True)
+    moved("contrastive", clip, drawn, expected, walk, weight=strength * PLAIN, noisy=True, number=number)
 
 
 def test_classifier_guidance_is_algorithm_1(drawn) -> None:

@@ -10,14 +10,17 @@ import pytest
 import torch
 from conftest import TINY_UNET, metadata, randomise, tiny_module, tiny_trainer, whole_batch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from PIL import Image
 from torch import Tensor
 
+import clipward
 from clipward.cli import main
 from clipward.datamodules.prompts import PromptDataModule
 from clipward.diffusion.denoiser import NetworkDenoiser, Prediction, to_eps, to_x0
 from clipward.diffusion.sampling import Noise, Update, ancestral, ddim, sample
 from clipward.diffusion.schedule import Schedule, Step, time_travel
 from clipward.diffusion.solvers import SOLVERS, DpmSolver
+from clipward.editing import Edit
 from clipward.errors import InputError
 from clipward.guidance.core import Clamp, GuidedDenoiser, shift_eps, shift_mean, shift_x0
 from clipward.networks.unet import UNet
@@ -459,6 +462,32 @@ def test_the_flag_reaches_the_record(config: str, tmp_path: Path, solver: str) -
         "skip_type": "trailing",
         "sampler": solver,
     }
+
+
+@pytest.mark.parametrize(
+    ("settings", "edit", "expected"),
+    [
+        ({"method": "contrastive"}, None, ("sde_dpmpp_2m", "trailing", 20)),
+        ({"method": "contrastive_denoised"}, None, ("sde_dpmpp_2m", "trailing", 40)),
+        ({}, ["image_prompt"], ("sde_dpmpp_2m", "trailing", 40)),
+        ({}, ["init_image"], ("ddpm", "uniform", 50)),
+        ({}, ["init_image", "invert"], ("ddim(eta=0)", "uniform", 50)),
+        ({"method": "glide"}, None, ("ddpm", "uniform", 50)),
+        ({"skip_steps": 7, "skip_type": "logsnr"}, None, ("sde_dpmpp_2m", "logsnr", 7)),
+        ({"ddim": False}, None, ("ddpm", "uniform", 50)),
+        ({"ddim": True}, None, ("ddim(eta=0)", "uniform", 50)),
+        ({"solver": "unipc"}, None, ("unipc", "trailing", 50)),
+        ({"solver": "unipc"}, ["init_image"], ("unipc", "trailing", 50)),
+    ],
+)
+def test_steps_are_those_of_the_method_unless_others_are_given(
+    settings: dict, edit: list[str] | None, expected: tuple, tiny_weights: Path
+) -> None:
+    face = Image.new("RGB", (16, 16), "red")
+    given = edit and Edit(**{name: True if name == "invert" else face for name in edit})
+    sampler = clipward.load(tiny_weights, **settings).sampler
+    record = sampler.settings() | sampler.describe(given)
+    assert (record["sampler"], record["skip_type"], record["steps"]) == expected
 
 
 def test_a_solver_and_ddim_exclude_each_other() -> None:

@@ -222,7 +222,7 @@ def to_settings(record: dict[str, Any], path: Path, field: str) -> dict[str, Any
         known = {"ddim_eta": eta[1], **known, "ddim": True}
     elif sampler != "ddpm":
         known["solver"] = sampler
-    elif by_weights is not None:
+    else:
         known["ddim"] = False
     if isinstance(by_weights, list):
         known |= {"ddim" if name == "sampler" else "skip_type": None for name in by_weights}

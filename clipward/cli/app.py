@@ -45,7 +45,7 @@ class Order:
         seed: the first seed.
         n_samples: pictures, one for each seed.
         method: how the text guides.
-        skip_steps: steps from noise to picture.
+        skip_steps: steps from noise to picture; the method's own number where it is None.
         init_image: the file of a picture to edit.
         mask: the file that is white where it is drawn.
         strength: the noise level that the edit begins at, from 0 to 1.
@@ -59,7 +59,7 @@ class Order:
     seed: int
     n_samples: int
     method: str
-    skip_steps: int
+    skip_steps: int | None
     init_image: Path | None = None
     mask: Path | None = None
     strength: float = 1.0
@@ -183,7 +183,9 @@ class Studio:
     def commands(self, order: Order) -> list[str]:
         """For each picture the command that draws it."""
         guided = {"text": order.text, "guidance_weight": f"{order.guidance_weight:.17g}", "unguided": "false"}
-        flags = {**(guided if order.text else {}), "method": order.method, "skip_steps": order.skip_steps, **order.edit}
+        flags = {**(guided if order.text else {}), "method": order.method, **order.edit}
+        if order.skip_steps is not None:
+            flags["skip_steps"] = str(order.skip_steps)
         words = [*map(shlex.quote, self.command), *(f"--{name}={shlex.quote(str(flags[name]))}" for name in flags)]
         return [
             " ".join([*words, "--n_samples=1", f"--seed={seed}", f"--save_dir=out/seed{seed}"])
@@ -238,7 +240,7 @@ def build(studio: Studio) -> Any:
     ) -> Iterator[tuple[Any, str, str]]:
         try:
             image, mask = studio.keep(edited)
-            order = Order(text or "", weight, seed, int(count), method, int(steps), image, mask, strength)
+            order = Order(text or "", weight, seed, int(count), method, int(steps) or None, image, mask, strength)
             commands = "\n".join(studio.commands(order))
             for pictures, said in studio.draw(order):
                 yield pictures, said, commands
@@ -258,7 +260,9 @@ def build(studio: Studio) -> Any:
                     weight = gradio.Number(weight_of(sampler.config.method), label="Guidance weight", min_width=120)
                     seed = gradio.Number(1, label="First seed", precision=0, minimum=0, min_width=120)
                 count = gradio.Slider(1, MICRO_BATCH, 4, step=1, label="Pictures, one for each seed")
-                steps = gradio.Slider(1, 250, sampler.config.skip_steps, step=1, label="Steps")
+                steps = gradio.Slider(
+                    0, 250, sampler.config.skip_steps or 0, step=1, label="Steps (0: as the method has)"
+                )
                 method = gradio.Dropdown(studio.methods, value=sampler.config.method, label="Method")
                 with gradio.Accordion("Edit a picture", open=False):
                     gradio.Markdown(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from clipward.diffusion.denoiser import Prediction
 from clipward.diffusion.schedule import Step
+from clipward.diffusion.solvers import SolverName
 from clipward.guidance.core import (
     GradientAscent,
     GradientGuidance,
@@ -63,6 +64,8 @@ class Method:
         contrast: whether the log-likelihood of a text is taken against its contrast captions, where it has any.
         clamp: where x̂0 is clamped to [-1, 1], in models that clamp it: before the guidance, after it, or not at all.
         interval: the shares of T between which it guides.
+        solver: whose steps it takes by default, in place of DDPM's.
+        steps: how many of that solver's steps.
     """
 
     guide: Guide
@@ -73,6 +76,8 @@ class Method:
     contrast: bool = False
     clamp: Clamping = "first"
     interval: tuple[float, float] = (0.0, 1.0)
+    solver: SolverName | None = None
+    steps: int = 0
 
     def guidances(self, objectives: Objectives, weight: Tensor) -> list[Guidance]:
         """What changes a prediction: :attr:`guide`, where an image has several texts by their weighted sum."""
@@ -120,19 +125,21 @@ def glide(objectives: Objectives, weight: Tensor) -> list[Guidance]:
     return [GradientGuidance(objectives.log_likelihood, weight, grad_noisy, shift_mean)]
 
 
-@method("log-likelihood", 20, guided_by="noisy clip", contrast=True)
+@method("log-likelihood", 20, guided_by="noisy clip", contrast=True, solver="sde_dpmpp_2m", steps=20)
 def contrastive(objectives: Objectives, weight: Tensor) -> list[Guidance]:
-    """∇ log p(x_t) + w·∇_{x_t} log p(y | x_t) with a noise-aware CLIP, over four views, limited to MOST of x̂0.
+    """∇ log p(x_t) + w·∇_{x_t} log p(y | x_t) with a noise-aware CLIP, over views, limited to MOST of x̂0.
 
     Ours. It is GLIDE's gradient with four changes. The objective compares a text with its contrast captions, so its
-    gradient fades once the picture shows what the text says. The gradient is averaged over mirrored and shifted views.
+    gradient fades once the picture shows what the text says. The gradient is averaged over mirrored and shifted views,
+    of which each step takes two in turn.
     It is added to the score, and a limit on how far x̂0 moves keeps large weights from damaging pictures; both mean the
     same at any number of steps. There is no backward pass through the U-Net.
     """
-    return [GradientGuidance(Views(objectives.log_likelihood), weight, grad_noisy, shift_eps, limit=MOST)]
+    views = Views(objectives.log_likelihood, in_turn=True)
+    return [GradientGuidance(views, weight, grad_noisy, shift_eps, limit=MOST)]
 
 
-@method("log-likelihood", 80, contrast=True)
+@method("log-likelihood", 80, contrast=True, solver="sde_dpmpp_2m", steps=40)
 def contrastive_denoised(objectives: Objectives, weight: Tensor) -> list[Guidance]:
     """∇ log p(x_t) + w·∇_{x_t} log p(y | x̂0(x_t)) with any CLIP, through the U-Net, over four views, limited as above.
 

@@ -294,15 +294,22 @@ class Views:
 
     Something that raises it in all views is in the picture, and not a texture that only fools CLIP. All views of a
     picture are encoded at once, so the objective must score V·B images by its B texts.
+
+    Args:
+        objective: what is averaged.
+        in_turn: take two of the views in each step: at odd steps the picture and its shifted mirror image, at even ones
+            the mirror image and the shifted picture.
     """
 
-    def __init__(self, objective: Objective) -> None:
-        self.objective = objective
+    def __init__(self, objective: Objective, in_turn: bool = False) -> None:
+        self.objective, self.in_turn = objective, in_turn
 
     def __call__(self, image: Tensor, step: Step) -> Tensor:
         by = max(1, image.shape[-1] // 32)
         mirrored = image.flip(-1)
         views = [image, mirrored, _moved(image, by), _moved(mirrored, -by)]
+        if self.in_turn:
+            views = views[::3] if step.number % 2 else views[1:3]
         return self.objective(torch.cat(views), step).unflatten(0, (len(views), -1)).mean(dim=0)
 
 
