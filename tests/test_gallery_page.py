@@ -13,6 +13,7 @@ from PIL import Image
 from clipward.callbacks.gallery import Gallery, is_page
 from clipward.callbacks.gallery_page import collect, make_page, write_page
 from clipward.callbacks.prediction_writer import PredictionWriter
+from clipward.datamodules.prompts import PromptDataModule
 
 HOSTILE = "</script><img src=x onerror=\"document.title='taken'\"><!--<script>"
 TEXTS = [HOSTILE, "it's an old man", "\u2028 \U0001f600 & \\u003c", "-c --x"]
@@ -109,7 +110,7 @@ def test_a_run_writes_the_page_anew_and_its_own_alone(tmp_path: Path) -> None:
     assert len(embedded((folder / "gallery.html").read_text())["rows"]) == 9
     filled(folder, 2)
     writer = PredictionWriter(str(folder))
-    assert len(writer.check(range(18))) == 18
+    assert len(writer.check(PromptDataModule(n_samples=18).requests)) == 18
     writer.finish()
     assert len(embedded((folder / "gallery.html").read_text())["rows"]) == 18
     assert is_page(folder / "gallery.html")
