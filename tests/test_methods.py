@@ -285,7 +285,7 @@ def test_dsg_turns_the_noise_and_keeps_its_length(drawn, tiny_clip: Path) -> Non
         mixed = sample + 0.05 * weight * (best - sample)
         expected.append(mean[i] + radius * mixed / mixed.norm())
     cosine_of = Ensemble([ClipSimilarity(clip, TEXTS)], [1.0])
-    by_number = {0: walk.noise}
+    by_number = {1: walk.noise}
     objectives = Objectives(cosine_of, by_number.__getitem__, cosine_of, ClipDistance(clip, TEXTS))
     moved("dsg", clip, drawn, torch.stack(expected), walk, objectives=objectives)
 
