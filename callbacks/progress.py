@@ -13,6 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from clipward.diffusion.sampling import State
+from clipward.editing import Edit
 from clipward.guidance.methods import AUTO
 from clipward.guidance.models import REASONS
 from clipward.sampler import HasSampler, Sampler, to_picture
@@ -169,10 +170,9 @@ def describe_run(
     rows = [("weights", f"{made['weights']} ({made['weights_hash']}), {count:.1f} M parameters, {size}")]
     guided = next(iter(trainer.datamodule.guiding_texts()), None) is not None
     rows += describe_guidance(sampler, made, guided)
-    repeats = "" if sampler.repeats() == 1 else f", each {sampler.repeats()} times"
-    candidates = made["candidates"]
-    best = "" if candidates == 1 else f", the best of {candidates}"
-    rows.append(("steps", f"{made['steps']} of {made['sampler']}, spaced by {made['skip_type']}{repeats}{best}"))
+    walks = dict.fromkeys(describe_walk(sampler, edit) for edit in trainer.datamodule.list_kinds())
+    best = "" if made["candidates"] == 1 else f", the best of {made['candidates']}"
+    rows.append(("steps", f"{'; '.join(walks)}{best}"))
     threads = torch.get_num_threads()
     device = f"{made['device']} with {threads} thread{'' if threads == 1 else 's'}"
     if made["device"] == "cuda":
@@ -184,6 +184,13 @@ def describe_run(
     at_once = "as many at once as fit" if at_once == "auto" else f"{at_once} at once"
     rows.append(("pictures", f"{pictures}, {at_once}, to {save_dir}{f'; {done} are there already' if done else ''}"))
     return rows
+
+
+def describe_walk(sampler: Sampler, edit: Edit | None) -> str:
+    """How a picture comes from noise, or from the picture that is edited."""
+    made, repeats = sampler.describe_steps(edit), sampler.repeats(edit)
+    found = f"{made['steps']} of {made['sampler']}, spaced by {made['skip_type']}"
+    return found if repeats == 1 else f"{found}, each {repeats} times"
 
 
 def describe_guidance(sampler: Sampler, made: dict[str, Any], guided: bool) -> Iterable[tuple[str, str]]:

@@ -489,7 +489,7 @@ class Sampler:
             return record
         record |= edit.to_record()
         if edit.init_image is not None:
-            record |= self._describe_steps(edit)
+            record |= self.describe_steps(edit)
         if edit.masked:
             record["repeats"] = self.repeats(edit)
         if edit.invert:
@@ -631,7 +631,7 @@ class Sampler:
         known = None if number < 0 else names[number] if names else number
         return {"class_label": known, "class_weight": self.config.class_weight}
 
-    def _describe_steps(self, edit: Edit | None = None) -> dict[str, Any]:
+    def describe_steps(self, edit: Edit | None = None) -> dict[str, Any]:
         """How steps are taken; ``by_weights`` names what the weights chose, where they have a choice of their own."""
         config, scheduler, own = self.config, self.scheduler(edit), self.architecture.scheduler
         name, by_weights = scheduler.sampler, []
@@ -652,7 +652,7 @@ class Sampler:
         config = self.config
         return {
             "method": self.method_name,
-            **self._describe_steps(),
+            **self.describe_steps(),
             "repeats": self.repeats(),
             "candidates": config.candidates,
             "interval": list(self.interval),

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 import clipward
+from clipward.callbacks.progress import describe_walk
 from clipward.cli import main
 from clipward.datamodules.prompts import PromptDataModule
 from clipward.diffusion.denoiser import NetworkDenoiser, Prediction, to_eps, to_x0
@@ -488,6 +489,8 @@ def test_steps_are_those_of_the_method_unless_others_are_given(
     sampler = clipward.load(tiny_weights, **settings).sampler
     record = sampler.settings() | sampler.describe(given)
     assert (record["sampler"], record["skip_type"], record["steps"]) == expected
+    name, skip_type, steps = expected
+    assert describe_walk(sampler, given) == f"{steps} of {name}, spaced by {skip_type}"
 
 
 def test_a_solver_and_ddim_exclude_each_other() -> None:
