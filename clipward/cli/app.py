@@ -261,7 +261,7 @@ def build(studio: Studio) -> Any:
                     seed = gradio.Number(1, label="First seed", precision=0, minimum=0, min_width=120)
                 count = gradio.Slider(1, MICRO_BATCH, 4, step=1, label="Pictures, one for each seed")
                 steps = gradio.Slider(
-                    0, 250, sampler.config.skip_steps or 0, step=1, label="Steps (0: as the method has)"
+                    0, 250, sampler.config.skip_steps or 0, step=1, label="Steps (0: the method's own)"
                 )
                 method = gradio.Dropdown(studio.methods, value=sampler.config.method, label="Method")
                 with gradio.Accordion("Edit a picture", open=False):
