@@ -78,7 +78,7 @@ class Meter:
     """CPU seconds of each step after the first, and the peak of memory above what there was at the beginning."""
 
     def __init__(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
         self._begin, self.ends = read_memory("VmRSS"), [time.process_time()]
 
     def end_step(self, *_: Any) -> None:

@@ -162,7 +162,7 @@ def to_source(value: Any, field: str) -> Source:
     """
     if isinstance(value, Image.Image):
         if 0 in value.size:
-            raise InputError(f"{field}: got a picture of {value.width}×{value.height} pixels, expected some")
+            raise InputError(f"{field}: got a picture of {value.width}×{value.height} pixels, expected at least 1×1")
         file = io.BytesIO()
         (value if value.mode in PNG_MODES else value.convert("RGB")).save(file, "PNG")
         return file.getvalue()
@@ -263,7 +263,7 @@ def _report_size(field: str, size: tuple[int, int], given: tuple[int, int], sour
         name = shorten(source) if isinstance(source, str) else "the picture"
         what = "" if wide * height == high * width else "its middle is "
         log.warning(
-            f"{field}: {name} has {wide}×{high} pixels; {what}resized to {width}×{height}, as are all of another size"
+            f"{field}: {name} has {wide}×{high} pixels; {what}resized to {width}×{height}; others are resized too"
         )
 
 

@@ -145,7 +145,7 @@ def test_test_ends_at_a_signal_and_writes_nothing(
     process.send_signal(number)
     said = "".join(heard) + process.communicate(timeout=120)[0]
     assert process.returncode == 128 + number, said
-    ending = "the same command begins anew, for nothing is written before its end"
+    ending = "the same command starts again from the beginning, since it writes nothing before its end"
     assert said.strip().endswith(f"stopped by {number.name}; {ending}")
     assert "Traceback" not in said
     assert "frame #" not in said

@@ -69,7 +69,7 @@ MENDABLE = (InputError, GuidanceError, MisconfigurationException)  # errors that
 REQUIREMENT = re.compile("Requirement '.*")  # of a package that a logger needs, among what else was tried
 ENDINGS = {  # what the same command does after a signal has ended it
     "predict": "goes on where it stopped",
-    "test": "begins anew, for nothing is written before its end",
+    "test": "starts again from the beginning, since it writes nothing before its end",
 }
 OF_THE_DISK = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
