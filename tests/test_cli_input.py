@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import fields
+from datetime import timedelta
 from inspect import signature
 from pathlib import Path
 from typing import get_type_hints
@@ -383,8 +384,26 @@ def test_a_number_of_the_trainer_that_is_out_of_range_is_named(names: str, value
                 check_trainer({name: value})
 
 
+@pytest.mark.parametrize(
+    "given", ["0", "00:00:00:00", "1:00", "", {"hours": -1}, {"years": 1}, {"days": 10**10}, timedelta(0)]
+)
+def test_a_time_of_the_trainer_that_is_none_is_named(given: object) -> None:
+    with pytest.raises(InputError, match=r"^trainer.max_time: got .+, expected a time above 0, such as 00:12:00:00"):
+        check_trainer({"max_time": given})
+
+
+def test_more_processes_than_cores_are_refused() -> None:
+    for devices in (0, 100_000, "100000"):
+        with pytest.raises(InputError, match=r"^trainer.devices: got \D?\d+\D?, expected 1 to \d+ on the CPU of this "):
+            check_trainer({"accelerator": "cpu", "devices": devices})
+
+
 def test_numbers_of_the_trainer_that_are_in_range() -> None:
     for settings in (
+        {"max_time": "00:00:00:01"},
+        {"max_time": {"minutes": 1}},
+        {"max_time": timedelta(seconds=1), "accelerator": "cpu", "devices": 8},
+        {"accelerator": "cuda", "devices": 100},
         {},
         {"max_steps": -1, "max_epochs": -1, "num_sanity_val_steps": -1, "gradient_clip_val": 0.5},
         {"limit_val_batches": 0, "overfit_batches": 0.0, "val_check_interval": 0.25, "log_every_n_steps": 0},

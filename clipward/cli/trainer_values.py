@@ -1,6 +1,11 @@
 """Which numbers the settings of Lightning's Trainer may have; it checks few of them itself, and some late."""
 
+import os
+import re
+from datetime import timedelta
 from typing import Any
+
+import torch
 
 from clipward.errors import InputError, shorten
 
@@ -47,6 +52,32 @@ def check_trainer(settings: Any) -> None:
             words += ", or -1 for no limit" if name in ENDLESS else ""
             words += ", or a share above 0 and up to 1.0" if name in BATCHES else ""
             raise InputError(f"trainer.{name}: got {shorten(value)}, expected {words}")
+    _check_time(settings.get("max_time"))
+    _check_processes(settings.get("devices"), settings.get("accelerator", "auto"))
     clip = settings.get("gradient_clip_val")
     if type(clip) in (int, float) and not 0 <= clip <= MOST:
         raise InputError(f"trainer.gradient_clip_val: got {shorten(clip)}, expected a number from 0 to {MOST}")
+
+
+def _check_processes(devices: Any, accelerator: Any) -> None:
+    """Lightning itself counts the devices of every accelerator but the CPU."""
+    most = max(os.cpu_count() or 1, 8)
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
+    if on_cpu and str(devices).isdecimal() and not 1 <= int(devices) <= most:
+        raise InputError(f"trainer.devices: got {shorten(devices)}, expected 1 to {most} on the CPU of this machine")
+
+
+def _check_time(given: Any) -> None:
+    if isinstance(given, str):
+        parts = re.fullmatch(r"(\d{1,6}):(\d\d):(\d\d):(\d\d)", given.strip())
+        units = ("days", "hours", "minutes", "seconds")
+        time = timedelta(**dict(zip(units, map(int, parts.groups()), strict=True))) if parts else None
+    else:
+        try:
+            time = timedelta(**given) if isinstance(given, dict) else given
+        except (OverflowError, TypeError):
+            time = None
+    if given is not None and (time is None or time <= timedelta(0)):
+        raise InputError(
+            f"trainer.max_time: got {shorten(given)}, expected a time above 0, such as 00:12:00:00 (12 hours)"
+        )
