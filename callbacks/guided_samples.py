@@ -63,7 +63,8 @@ class GuidedSamples(L.Callback):
         self.text, self.guidance_weight = text or [], guidance_weight
         self.every_n_steps, self.every_n_epochs, self.micro_batch = every_n_steps, every_n_epochs, micro_batch
         self.seeds = range(seed, seed + n_samples)
-        self.judges = None if judge is None else Judges(judge, self.text, features)
+        self.judge_names, self.features = judge, features
+        self.judges: Judges | None = None  # loaded where a fit begins
         self._reference: Reference | None = None
         self._drawn_step = 0
 
@@ -72,6 +73,10 @@ class GuidedSamples(L.Callback):
         weight = method.weight if self.guidance_weight is None else self.guidance_weight
         unguided = [Cell(seed, "", 0.0) for seed in self.seeds]
         return unguided + [Cell(seed, sentence, weight) for sentence in self.text for seed in self.seeds]
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit" and self.judge_names is not None:
+            self.judges = Judges(self.judge_names, self.text, self.features)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: HasSampler) -> None:
         self._drawn_step = trainer.global_step

@@ -19,7 +19,7 @@ from clipward.cli import main
 from clipward.networks.classifier import Classifier, save_classifier
 from clipward.networks.vocabulary import load_vocabulary
 
-LONG = ["--text", "a man", "--guidance_weight", "20", "--n_samples", "5", "--skip_steps", "60", "--micro_batch", "1"]
+LONG = ["--text", "a man", "--guidance_weight", "20", "--n_samples", "5", "--skip_steps", "30", "--micro_batch", "1"]
 FSDP = ["-c", "fsdp", "--trainer.devices", "2"]
 DDP = ["--trainer.strategy", "ddp", "--trainer.devices", "2"]
 

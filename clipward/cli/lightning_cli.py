@@ -94,14 +94,14 @@ class LateSaveConfig(SaveConfigCallback):
 class ClipwardCLI(LightningCLI):
     """LightningCLI, where predict and test read requests in place of ``data``, and common flags have short names."""
 
-    again = Again([])
+    again: Again
+    command: str  # the only one whose settings are read
     requests: PromptDataModule
     callback: PredictionWriter | Evaluation | None = None
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         hidden = {"model", "dataloaders", "datamodule", "train_dataloaders", "val_dataloaders", "weights_only"}
-        return {"fit": hidden, "validate": hidden, "test": hidden, "predict": hidden | {"return_predictions"}}
+        return {self.command: hidden | ({"return_predictions"} if self.command == "predict" else set())}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
@@ -277,6 +277,7 @@ class ClipwardCLI(LightningCLI):
                 judges = Judges(config.judge, (r.text for r in self.requests.requests), config.features)
                 self.callback = Evaluation(judges, config.save_dir, config.overwrite)
             self.callback.signals.patience = PATIENCE
+            self.config_dump: dict[str, Any] = {}  # for checkpoints, of which these two write none
         try:
             super().instantiate_classes()
         except ValueError as error:  # the parser wraps what a constructor raises
@@ -417,13 +418,15 @@ def mendable(error: BaseException | None) -> InputError | None:
 
 def run(command: str, args: Sequence[str]) -> None:
     """Run a command that needs a Trainer."""
-    cli: type[ClipwardCLI] = Help if "--help.all" in args else ClipwardCLI
-    if cli is ClipwardCLI and command == "predict":
-        cli = type("ClipwardCLI", (ClipwardCLI,), {"again": Again(args)})
-        args = cli.again.args
+    lists_all, again = "--help.all" in args, Again([])
+    if command == "predict" and not lists_all:
+        again = Again(args)
+        args = again.args
         if first_process():
-            print(*cli.again.notes, sep="\n", end="\n" if cli.again.notes else "")
-    arguments = [command, *(args if cli is Help else prepare(command, args, with_default=not cli.again.hashes))]
+            print(*again.notes, sep="\n", end="\n" if again.notes else "")
+    kind = Help if lists_all else ClipwardCLI
+    cli: type[ClipwardCLI] = type(kind.__name__, (kind,), {"command": command, "again": again})
+    arguments = [command, *(args if lists_all else prepare(command, args, with_default=not again.hashes))]
     end_with_main()
     signals = StopSignals(PATIENCE)
     logging.basicConfig(format="%(message)s")  # before a library does so, with its names in front of each line
@@ -439,7 +442,7 @@ def run(command: str, args: Sequence[str]) -> None:
                 seed_everything_default=0,
                 auto_configure_optimizers=False,
                 parser_class=ClipwardParser,
-                parser_kwargs={name: {"description": COMMANDS[name].does} for name in ClipwardCLI.subcommands()},
+                parser_kwargs={command: {"description": COMMANDS[command].does}},
             )
     except GuidanceError as error:
         kept = "; pictures that are finished stay" if command == "predict" else ""
