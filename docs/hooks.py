@@ -16,6 +16,7 @@ BESIDE = [
     "CONTRIBUTING.md",
     "SECURITY.md",
     "LICENSE",
+    "checkpoints/celeba64/README.md",
     "checkpoints/faces64/README.md",
     "notebooks/quickstart.ipynb",
 ]

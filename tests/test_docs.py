@@ -85,7 +85,8 @@ def test_the_site_has_every_page_and_refers_to_modules_that_are_there() -> None:
     """``make docs`` needs mkdocs, which the tests don't have."""
     settings = (ROOT / "mkdocs.yml").read_text()
     pages = re.findall(r": ([\w/]+\.md)$", settings[settings.index("\nnav:") :], re.MULTILINE)
-    beside = {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "checkpoints/faces64/README.md"}
+    cards = {f"checkpoints/{name}/README.md" for name in ("celeba64", "faces64")}
+    beside = {"README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", *cards}
     assert set(pages) == beside | {str(path.relative_to(ROOT / "docs")) for path in ROOT.glob("docs/**/*.md")}
     assert len(set(pages)) == len(pages)
     hooks = (ROOT / "docs/hooks.py").read_text()

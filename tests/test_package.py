@@ -24,13 +24,14 @@ MINE = "raise AssertionError('a stranger was imported')\n"
 
 
 def shipped() -> dict[str, Path]:
-    """Every file of ours, by its name in the wheel."""
+    """Every file of ours, by its name in the wheel, which leaves out the weights that are not for commercial use."""
     folders = {name.replace(".", "/"): ROOT / folder for name, folder in ROOMS.items()}
     return {
         f"{name}/{file.relative_to(folder).as_posix()}": file
         for name, folder in folders.items()
         for file in folder.rglob("*")
         if file.is_file()
+        and not file.is_relative_to(ROOT / "checkpoints/celeba64")
         and not any(part == "__pycache__" or part.startswith(".") for part in file.relative_to(folder).parts)
     }
 

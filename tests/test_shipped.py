@@ -13,6 +13,7 @@ from datasets import Image as ImageFeature
 from layouts import Pesser
 from PIL import Image
 
+import clipward
 from clipward.cli import main
 from clipward.datamodules.faces import ATTRIBUTES, Faces, caption
 from clipward.guidance.contrasts import contrast_captions, load_contrasts
@@ -105,6 +106,16 @@ def test_the_files_are_small_enough_to_ship() -> None:
     assert load_weights(SHIPPED).architecture.image_size == 64
     assert (SHIPPED / "ddpm.safetensors").stat().st_size < 16 * 2**20
     assert sum(file.stat().st_size for file in (SHIPPED / "clip").iterdir()) < 16 * 2**20
+
+
+def test_the_weights_for_photographs_are_guided_by_their_clip() -> None:
+    folder = ROOT / "checkpoints/celeba64"
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) < 32 * 2**20
+    model = clipward.load("celeba64", clip="clipward:celeba64/clip", skip_steps=8)
+    drawn = [model.sample(["a man"], guidance_weight=w, n_samples=4, return_tensors=True) for w in (0, 20)]
+    with torch.no_grad():
+        plain, guided = (load_classifier(folder / "judge.safetensors")(image)["gender"].argmax(1) for image in drawn)
+    assert plain.sum() < guided.sum() == 4
 
 
 def test_the_judge_and_the_clip_know_faces_that_they_never_saw() -> None:
