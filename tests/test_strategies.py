@@ -199,7 +199,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_weights: Path, tiny_cli
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_killed_fit_ends_as_one_that_was_not(whole: Path, config: str, tmp_path: Path, processes: int) -> None:
+def test_a_killed_fit_ends_as_one_that_was_not(
+    whole: Path, config: str, tmp_path: Path, processes: int, capsys: pytest.CaptureFixture
+) -> None:
     if processes > 1:
         whole = tmp_path / "whole"
         finish(fit(config, whole, *ddp(processes)))
@@ -210,7 +212,11 @@ def test_a_killed_fit_ends_as_one_that_was_not(whole: Path, config: str, tmp_pat
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
     assert state(stopped)["step"] < 26
-    said = finish(fit(config, stopped, *ddp(processes), "--ckpt_path", "last"))
+    if processes > 1:
+        said = finish(fit(config, stopped, *ddp(processes), "--ckpt_path", "last"))
+    else:
+        fit_here(config, stopped, "--ckpt_path", "last")
+        said = capsys.readouterr().out
     assert "ckpt_path: " in said
     same_state(whole, stopped)
 
@@ -241,7 +247,10 @@ def test_sigterm_saves_first(whole: Path, config: str, tmp_path: Path, processes
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + signal.SIGTERM, said
     assert 7 <= state(stopped)["step"] < 26
-    finish(fit(config, stopped, *ddp(processes), "--ckpt_path", "last"))
+    if processes > 1:
+        finish(fit(config, stopped, *ddp(processes), "--ckpt_path", "last"))
+    else:
+        fit_here(config, stopped, "--ckpt_path", "last")
     same_state(whole, stopped)
 
 

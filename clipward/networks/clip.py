@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,21 @@ OPENAI_PREPROCESSING = {
     "resize_mode": "shortest",
     "fill_color": 0,
 }
+
+
+_tokenizers: dict[str, Any] = {}  # by what they are made from
+
+
+def _load_tokenizer(source: str, text: dict[str, Any]) -> Any:
+    """open_clip's tokenizer, made once for all CLIPs that read texts alike, as its vocabulary takes long to read."""
+    import open_clip
+
+    if "hf_tokenizer_name" in text or source.startswith("hf-hub:"):  # may lie beside the weights
+        return open_clip.get_tokenizer(source)
+    key = json.dumps(text, sort_keys=True)
+    if key not in _tokenizers:
+        _tokenizers[key] = open_clip.get_tokenizer(source)
+    return _tokenizers[key]
 
 
 class Clip:
@@ -83,7 +99,7 @@ class Clip:
                 _check_finite(model, name)
                 config = _read_sizes(model)
                 preprocess_cfg = OPENAI_PREPROCESSING | {"size": config["vision_cfg"]["image_size"]}
-                return cls(model, open_clip.SimpleTokenizer(), preprocess_cfg, name, config)
+                return cls(model, new_tokenizer(77), preprocess_cfg, name, config)
             if folder.is_dir():
                 if not (folder / CONFIG_FILE).is_file():
                     raise InputError(f"clip: got {name}, a folder without {CONFIG_FILE}; expected an open_clip folder")
@@ -114,7 +130,8 @@ class Clip:
             config = open_clip.get_model_config(source)
             if options.get("force_quick_gelu"):
                 config["quick_gelu"] = True
-            return cls(model, open_clip.get_tokenizer(source), dict(model.visual.preprocess_cfg), name, config)
+            tokenizer = _load_tokenizer(source, config.get("text_cfg", {}))
+            return cls(model, tokenizer, dict(model.visual.preprocess_cfg), name, config)
         except ImportError as error:
             raise InputError(f"clip: {name} needs a package that is not installed ({first_line(error)})") from error
         except InputError:
@@ -280,8 +297,9 @@ def make_noise_aware(model: Any) -> NoiseConditionedConv:
     return model.visual.conv1
 
 
+@cache
 def new_tokenizer(context_length: int) -> Any:
-    """CLIP's own byte-pair encoder."""
+    """CLIP's own byte-pair encoder, made once."""
     from open_clip import SimpleTokenizer
 
     return SimpleTokenizer(context_length=context_length)
