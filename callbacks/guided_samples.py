@@ -75,7 +75,16 @@ class GuidedSamples(L.Callback):
         return unguided + [Cell(seed, sentence, weight) for sentence in self.text for seed in self.seeds]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if stage == "fit" and self.judge_names is not None:
+        if stage == "fit":
+            self.load_judges()
+
+    def load_judges(self) -> None:
+        """Load the judges, once; the command line does so before a logger writes.
+
+        Raises:
+            InputError: where one is none, or knows no attribute that a text names.
+        """
+        if self.judge_names is not None and self.judges is None:
             self.judges = Judges(self.judge_names, self.text, self.features)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: HasSampler) -> None:

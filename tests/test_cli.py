@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import metadata
 from layouts import Pesser
 from PIL import Image
@@ -320,3 +321,14 @@ def test_precision_auto_takes_what_the_processor_computes_in(
         with pytest.raises(SystemExit, match=f"^error: precision: got '?{value}"):
             main([*draw, value, *others, "--save_dir", str(tmp_path / "none")])
     assert not (tmp_path / "none").exists()
+
+
+def test_a_wrong_judge_of_samples_is_named_before_anything_is_written(config: str, tmp_path: Path) -> None:
+    settings = yaml.safe_load(Path(config).read_text())
+    (samples,) = [each for each in settings["trainer"]["callbacks"] if each["class_path"].endswith("GuidedSamples")]
+    samples["init_args"] = {"text": ["a man"], "judge": ["nothing.safetensors"]}
+    settings["trainer"]["logger"]["init_args"]["save_dir"] = str(tmp_path / "runs")
+    Path(config).write_text(yaml.safe_dump(settings))
+    with pytest.raises(SystemExit, match=r"^error: judge: there is no file 'nothing\.safetensors'$"):
+        main(["fit", "-c", config])
+    assert not (tmp_path / "runs").exists()

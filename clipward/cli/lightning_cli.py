@@ -32,6 +32,7 @@ from clipward.callbacks.checkpoints import (
 )
 from clipward.callbacks.evaluation import Evaluation
 from clipward.callbacks.gallery import Output
+from clipward.callbacks.guided_samples import GuidedSamples
 from clipward.callbacks.prediction_writer import PredictionWriter
 from clipward.callbacks.progress import PredictionProgress
 from clipward.callbacks.signals import (
@@ -340,6 +341,10 @@ class ClipwardCLI(LightningCLI):
         logs = self._get(self.config_init, "trainer.logger.init_args.save_dir")
         if logs and Path(logs).is_dir() and self.trainer.is_global_zero:
             remove_unfinished(Path(logs))
+        trainer: Any = self.trainer  # whose callbacks have no type
+        for callback in trainer.callbacks:
+            if isinstance(callback, GuidedSamples):
+                callback.load_judges()
         if isinstance(self.datamodule, OwnSamplesDataModule) and self.datamodule.draws:
             draw_own_samples(self.trainer, self.model.weights, self.datamodule)
 

@@ -1,11 +1,11 @@
 """Which numbers the settings of Lightning's Trainer may have; it checks few of them itself, and some late."""
 
 import os
-import re
-from datetime import timedelta
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from clipward.errors import InputError, shorten
 
@@ -68,16 +68,11 @@ def _check_processes(devices: Any, accelerator: Any) -> None:
 
 
 def _check_time(given: Any) -> None:
-    if isinstance(given, str):
-        parts = re.fullmatch(r"(\d{1,6}):(\d\d):(\d\d):(\d\d)", given.strip())
-        units = ("days", "hours", "minutes", "seconds")
-        time = timedelta(**dict(zip(units, map(int, parts.groups()), strict=True))) if parts else None
-    else:
-        try:
-            time = timedelta(**given) if isinstance(given, dict) else given
-        except (OverflowError, TypeError):
-            time = None
-    if given is not None and (time is None or time <= timedelta(0)):
+    try:
+        seconds = 1.0 if given is None else Timer(given).time_remaining() or 0.0
+    except (MisconfigurationException, OverflowError, TypeError):
+        seconds = 0.0
+    if seconds <= 0:
         raise InputError(
             f"trainer.max_time: got {shorten(given)}, expected a time above 0, such as 00:12:00:00 (12 hours)"
         )
