@@ -59,7 +59,6 @@ class StopSignals:
         """Put back the handlers that were there first."""
         for number, handler in self._before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-        self._before = {}
 
     def check(self) -> None:
         """Raise what was asked for, should Python have swallowed it, as it does in a finaliser."""

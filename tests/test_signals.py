@@ -9,17 +9,20 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, metadata
 
 from clipward.callbacks.gallery import Gallery
+from clipward.callbacks.prediction_writer import PredictionWriter
 from clipward.callbacks.signals import MAIN, Stopped, StopSignals, is_launched
 from clipward.cli import main
 from clipward.networks.classifier import Classifier, save_classifier
 from clipward.networks.vocabulary import load_vocabulary
 
 LONG = ["--text", "a man", "--guidance_weight", "20", "--n_samples", "5", "--skip_steps", "30", "--micro_batch", "1"]
+SHORT = ["--text", "a man", "--n_samples", "2", "--skip_steps", "2", "--micro_batch", "1"]
 FSDP = ["-c", "fsdp", "--trainer.devices", "2"]
 DDP = ["--trainer.strategy", "ddp", "--trainer.devices", "2"]
 
@@ -180,6 +183,31 @@ def test_a_signal_raises_and_the_handlers_come_back() -> None:
         signals.check()
     signals.restore()
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_a_signal_that_python_swallows_ends_the_command_all_the_same(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Finalised:
+        def __del__(self) -> None:  # an exception here is printed, and goes no further
+            os.kill(os.getpid(), signal.SIGINT)
+
+    check = PredictionWriter.check
+
+    def check_after_a_signal(*args: Any) -> set[int]:
+        monkeypatch.setattr(PredictionWriter, "check", check)  # a second signal ends the process at once
+        Finalised()
+        return check(*args)
+
+    monkeypatch.setattr(PredictionWriter, "check", check_after_a_signal)
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # pytest's own fails the test
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as ended:
+        main(["predict", "-c", config, *SHORT, "--save_dir", str(tmp_path / "x")])
+    assert ended.value.code == 130
+    assert "stopped by SIGINT; the same command goes on where it stopped" in capsys.readouterr().err
+    assert count(tmp_path / "x") == 1
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_signal_that_is_ignored_stays_so() -> None:

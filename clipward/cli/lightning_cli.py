@@ -97,6 +97,7 @@ class ClipwardCLI(LightningCLI):
 
     again: Again
     command: str  # the only one whose settings are read
+    signals: StopSignals
     requests: PromptDataModule
     callback: PredictionWriter | Evaluation | None = None
 
@@ -277,7 +278,7 @@ class ClipwardCLI(LightningCLI):
             else:
                 judges = Judges(config.judge, (r.text for r in self.requests.requests), config.features)
                 self.callback = Evaluation(judges, config.save_dir, config.overwrite)
-            self.callback.signals.patience = PATIENCE
+            self.callback.signals = self.signals  # one for the whole command, so that none that Python swallows is lost
             self.config_dump: dict[str, Any] = {}  # for checkpoints, of which these two write none
         try:
             super().instantiate_classes()
@@ -430,10 +431,10 @@ def run(command: str, args: Sequence[str]) -> None:
         if first_process():
             print(*again.notes, sep="\n", end="\n" if again.notes else "")
     kind = Help if lists_all else ClipwardCLI
-    cli: type[ClipwardCLI] = type(kind.__name__, (kind,), {"command": command, "again": again})
+    signals = StopSignals(PATIENCE)
+    cli: type[ClipwardCLI] = type(kind.__name__, (kind,), {"command": command, "again": again, "signals": signals})
     arguments = [command, *(args if lists_all else prepare(command, args, with_default=not again.hashes))]
     end_with_main()
-    signals = StopSignals(PATIENCE)
     logging.basicConfig(format="%(message)s")  # before a library does so, with its names in front of each line
     if command in ENDINGS:
         signals.install()
