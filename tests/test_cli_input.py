@@ -558,3 +558,17 @@ def test_a_logger_without_its_package_is_named_in_one_line(
     logger = yaml.safe_dump({"trainer": {"logger": loggers if several else loggers[1]}})
     said = "trainer.logger: Requirement 'nowhere>=1' not met. HINT: Try running `pip install -U 'nowhere>=1'`"
     assert error_of("fit", "-c", config, "-c", write(tmp_path, logger)) == said
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_logger_that_does_not_start_is_named_in_one_line(
+    several: bool, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("The store of runs can't be reached. Give another.\nMore lines")
+
+    monkeypatch.setattr("lightning.pytorch.loggers.CSVLogger.__init__", refuse)
+    loggers = [f"lightning.pytorch.loggers.{name}" for name in ("TensorBoardLogger", "CSVLogger")]
+    logger = yaml.safe_dump({"trainer": {"logger": loggers if several else loggers[1]}})
+    said = "trainer.logger: The store of runs can't be reached. Give another."
+    assert error_of("fit", "-c", config, "-c", write(tmp_path, logger)) == said

@@ -67,7 +67,11 @@ from clipward.sampling_config import SamplingConfig
 from clipward.yaml_files import read_mapping
 
 MENDABLE = (InputError, GuidanceError, MisconfigurationException)  # errors that are a person's to mend
-REQUIREMENT = re.compile("Requirement '.*")  # of a package that a logger needs, among what else was tried
+LOGGER_ERROR = re.compile(  # what its constructor said, among what else the parser tried
+    r"Subtypes: .*lightning\.pytorch\.loggers\.logger\.Logger'.*^  - (?!Expected a|Not a valid subclass)"
+    r"(?:Problem with given class_path [^\n]*\n\s+)?(.*?)$",
+    re.DOTALL | re.MULTILINE,
+)
 ENDINGS = {  # what the same command does after a signal has ended it
     "predict": "goes on where it stopped",
     "test": "starts again from the beginning, since it writes nothing before its end",
@@ -284,8 +288,8 @@ class ClipwardCLI(LightningCLI):
             super().instantiate_classes()
         except ValueError as error:  # the parser wraps what a constructor raises
             found = mendable(error)
-            if lacking := REQUIREMENT.search(str(error)):
-                found = InputError(f"trainer.logger: {lacking[0]}")
+            if said := LOGGER_ERROR.search(str(error)):
+                found = InputError(f"trainer.logger: {said[1]}")
             if found is None or found is error:
                 raise
             raise found from None
