@@ -15,7 +15,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from clipward.errors import InputError
-from clipward.files import atomic_write, remove_leftovers
+from clipward.files import atomic_write, hide_bars, remove_leftovers
 
 Output = Literal["files", "webdataset", "parquet"]
 SUFFIX = {"webdataset": "tar", "parquet": "parquet"}
@@ -477,7 +477,8 @@ def _write_parquet(path: Path, rows: list[dict[str, Any]], pictures: list[bytes]
     from datasets import Image as ImageFeature
 
     names = dict.fromkeys(name for row in rows for name in row)
-    table = Dataset.from_list([{name: row.get(name) for name in names} for row in rows])
-    table = table.cast(Features({**table.features, "clip_similarity": Value("float64")}))  # also where all are None
     images = [{"bytes": picture, "path": row["file_name"]} for row, picture in zip(rows, pictures, strict=True)]
-    table.add_column("image", images).cast_column("image", ImageFeature()).to_parquet(path)
+    with hide_bars():
+        table = Dataset.from_list([{name: row.get(name) for name in names} for row in rows])
+        table = table.cast(Features({**table.features, "clip_similarity": Value("float64")}))  # also where all are None
+        table.add_column("image", images).cast_column("image", ImageFeature()).to_parquet(path)

@@ -95,6 +95,20 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         os.close(mark)
 
 
+@contextmanager
+def hide_bars() -> Iterator[None]:
+    """Work with ``datasets`` on a small table, without a line of progress for each thing that it does."""
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
+
+
 def remove_leftovers(folder: Path, names: str) -> None:
     """Remove the hidden temporary files, and folders, of writers that were killed.
 

@@ -49,7 +49,9 @@ def test_each_ten_thousand_pictures_have_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("output", ["webdataset", "parquet"])
-def test_shards_hold_the_pictures_of_all_processes_once(tmp_path: Path, output: str) -> None:
+def test_shards_hold_the_pictures_of_all_processes_once(
+    tmp_path: Path, output: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "x"
     first, second = filled(folder, output), filled(folder, output, rank=1)
     first.pack_staged(2)
@@ -57,6 +59,7 @@ def test_shards_hold_the_pictures_of_all_processes_once(tmp_path: Path, output: 
     assert [row["index"] for row in first.staged] == [8]
     first.pack_left(4)
     first.merge()
+    assert not capsys.readouterr().err  # no line of progress for each shard
     rows = list(Gallery(folder, output).rows())
     assert [row["index"] for row in rows] == list(range(10))
     assert [colour(second.open(row)) for row in rows] == list(range(10))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clipward.evaluation.cost import Cost
-from clipward.files import atomic_write
+from clipward.files import atomic_write, hide_bars
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +56,7 @@ def save_judgements(path: Path, judgements: Sequence[Judgement]) -> None:
     from datasets import Dataset
 
     rows = [asdict(each) | {"features": each.features.tolist(), "clip_features": _list(each)} for each in judgements]
-    with atomic_write(path) as aside:
+    with atomic_write(path) as aside, hide_bars():
         Dataset.from_list(rows).to_parquet(aside)
 
 
