@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from clipward.errors import InputError, shorten
-from clipward.networks.lean import Conv2d, norm_silu
+from clipward.networks.lean import Conv2d, arrange, norm_silu
 
 MOST = {  # of what a file may claim, far above any network that was ever made
     **{"image_channels": 2**10, "out_channels": 2**11, "patch": 2**8, "num_res_blocks": 2**7},
@@ -194,7 +194,7 @@ class UNet(nn.Module):
         if self.num_classes is not None:
             emb = emb + self.class_embedding(self._to_rows(label, t))
         emb = F.silu(emb)
-        h = self.conv_in(F.pixel_unshuffle(x, self.patch))
+        h = self.conv_in(arrange(F.pixel_unshuffle(x, self.patch)))
         skips = [h]
         for stage in cast("Iterable[Stage]", self.down):
             for block, attention in zip(stage.blocks, stage.attentions, strict=True):
@@ -211,7 +211,7 @@ class UNet(nn.Module):
             if stage.resample is not None:
                 h = stage.resample(h, emb)
         h = self.conv_out(norm_silu(self.norm_out, h))
-        return F.pixel_shuffle(h, self.patch)
+        return F.pixel_shuffle(h.contiguous(), self.patch)
 
     def _to_rows(self, label: Tensor | None, t: Tensor) -> Tensor:
         label = torch.full_like(t, -1) if label is None else label
