@@ -30,6 +30,19 @@ def test_the_folder_is_one_that_open_clip_loads(tiny_clip: Path) -> None:
     assert transform.transforms[0].size == TINY_CLIP["vision_cfg"]["image_size"]
 
 
+def test_it_computes_what_open_clip_computes(tiny_clip: Path) -> None:
+    import open_clip
+
+    found, own = Clip.load(str(tiny_clip)), open_clip.create_model(f"local-dir:{tiny_clip}").eval()
+    assert own.visual.transformer.batch_first
+    assert not any(getattr(module, "batch_first", False) for module in found.model.modules())
+    pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    texts = found.tokenizer(["a man", "a smiling woman", "an old man with a hat"])
+    with torch.no_grad():
+        torch.testing.assert_close(found.model.encode_image(pixels), own.encode_image(pixels), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(found.model.encode_text(texts), own.encode_text(texts), atol=1e-5, rtol=1e-4)
+
+
 def test_preprocessing_is_that_of_open_clip_and_differentiable(tiny_clip: Path) -> None:
     import open_clip
 

@@ -67,7 +67,7 @@ class Clip:
         name: str = "",
         config: dict[str, Any] | None = None,
     ) -> None:
-        self.model: Any = model.float().eval().requires_grad_(False)  # open_clip has no types
+        self.model: Any = put_tokens_first(model.float().eval().requires_grad_(False))  # open_clip has no types
         self.tokenizer, self.preprocess, self.name, self.config = tokenizer, preprocess, name, config
         self.noise_aware = isinstance(getattr(self.model.visual, "conv1", None), NoiseConditionedConv)
         self.context_length: int = tokenizer.context_length
@@ -288,7 +288,24 @@ def new_model(model_cfg: dict[str, Any]) -> nn.Module:
     """A new open_clip model from ``embed_dim``, ``vision_cfg`` and ``text_cfg``, with random weights."""
     from open_clip import CLIP
 
-    return CLIP(**model_cfg)
+    return put_tokens_first(CLIP(**model_cfg))
+
+
+def put_tokens_first(model: nn.Module) -> nn.Module:
+    """Let the transformers of an open_clip model work on (tokens, pictures, channels); they compute the same.
+
+    With (pictures, tokens, channels), attention sees its input transposed, and torch then copies its weights once for
+    each token: two pictures through ViT-B/32 take two seconds in bf16 on a CPU, in place of a tenth of one.
+    """
+    from open_clip.transformer import Transformer
+
+    transformers: list[Any] = [module for module in model.modules() if type(module) is Transformer]
+    for transformer in transformers:
+        attentions: list[Any] = [each for each in transformer.modules() if isinstance(each, nn.MultiheadAttention)]
+        if len(attentions) == len(transformer.resblocks):  # else it has blocks of its own
+            for module in (transformer, *attentions):
+                module.batch_first = False
+    return model
 
 
 def make_noise_aware(model: Any) -> NoiseConditionedConv:
