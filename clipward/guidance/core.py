@@ -325,15 +325,15 @@ def grad_pixels(objective: PixelObjective, pred: Prediction, x: Tensor, step: St
 
 def _gradient(objective: Objective, at: Tensor, step: Step) -> Tensor:
     with torch.enable_grad():
-        return _derivative(objective(at, step), at)
+        return _derivative(objective(at, step), at, retain_graph=False)
 
 
-def _derivative(scores: Tensor, at: Tensor) -> Tensor:
+def _derivative(scores: Tensor, at: Tensor, retain_graph: bool = True) -> Tensor:
     """∂(Σ scores)/∂at; float16, whose smallest number is 6e-8, has it multiplied by 2¹⁰ on the way."""
     device = at.device.type
     half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
     scale = 2.0**10 if half else 1.0
-    return torch.autograd.grad(scale * scores.sum(), at, retain_graph=True)[0] / scale
+    return torch.autograd.grad(scale * scores.sum(), at, retain_graph=retain_graph)[0] / scale
 
 
 # how it is injected: (pred, w·g, step) -> Prediction
