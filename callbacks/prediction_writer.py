@@ -44,6 +44,7 @@ HASHES = ("weights_hash", "clip_hash", "noisy_clip_hash", "classifier_hash")
 # settings that do not change the pictures
 WITHOUT_EFFECT = ("trainer", "data", "micro_batch", "save_dir", "overwrite", "shard_size", "seed_everything")
 GRID_ROWS, GRID_COLUMNS = 16, 24
+HEADER = "# lightning.pytorch=="  # of a config that a command wrote
 
 
 class HasFirst(Protocol):
@@ -125,6 +126,8 @@ class PredictionWriter(BasePredictionWriter):
                 "or --overwrite true"
             )
         if difference:
+            if self.config.startswith(HEADER) and not read_config(file).startswith(HEADER):
+                raise InputError(f"save_dir: {file} was not written by predict; move it or use another folder")
             return set()
         self.gallery.drop_damaged(row for _, row in self._shown())
         return self.gallery.indices()

@@ -115,6 +115,17 @@ def test_a_folder_with_other_files_is_refused(config: str, tmp_path: Path) -> No
     assert (tmp_path / "holiday.jpg").read_bytes() == b"precious"
 
 
+@pytest.mark.parametrize("flags", [[], ["--overwrite", "true"]])
+def test_a_config_that_no_command_wrote_stays(flags: list[str], config: str, tmp_path: Path) -> None:
+    path = tmp_path / "x/config.predict.yaml"
+    path.parent.mkdir()
+    path.write_text("mine: 1\n")
+    with pytest.raises(SystemExit, match=rf"^error: save_dir: {path} was not written by predict; move it or"):
+        predict(config, path.parent, *flags)
+    assert [each.name for each in path.parent.iterdir()] == [path.name]
+    assert path.read_text() == "mine: 1\n"
+
+
 def test_datasets_opens_the_folder(config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from datasets import load_dataset
 

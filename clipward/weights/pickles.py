@@ -25,9 +25,10 @@ def unpickle(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), first_line(error))
+        reason = reason.strip().partition(". ")[0]  # what follows is advice for a file that is trusted
         raise InputError(
             f"weights: got {shorten(path)}, which is damaged or holds more than tensors, which could run code "
-            f"({reason.strip()}); use a file with the state dict alone, written by torch.save or as safetensors"
+            f"({reason}); use a file with the state dict alone, written by torch.save or as safetensors"
         ) from error
     except Exception as error:
         raise InputError(
