@@ -15,7 +15,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: $(VENV)/installed
 	$(RUN) cli.py predict -c configs/faces.yaml \
 	  --text "an old man with a smile" "a young girl with brown hair" \
-	  --guidance_weight 5 20 160 --n_samples 4 --seed 1 --save_dir out/demo
+	  --guidance_weight 5 20 160 --n_samples 4 --seed 1 --precision auto --save_dir out/demo
 	@echo "The pictures lie in out/demo; all of them at once in out/demo/grid.png"
 
 test: $(VENV)/installed
