@@ -38,6 +38,8 @@ SHARD_NAME = r"[0-9]{9,}\.(?:tar|parquet)"
 LINES_NAME = r"\.metadata\.[0-9]+\.jsonl"
 TEMPORARY = "|".join([PNG_NAME, WEBP_NAME, SHARD_NAME, *map(re.escape, (METADATA, CONFIG_FILE, GRID, PAGE))])
 HIDDEN = re.compile(rf"\.(?:{TEMPORARY})\.[0-9]+|{LINES_NAME}|{re.escape(LOCK)}")
+FILE_NAME = re.compile(rf"{TEMPORARY}|{HIDDEN.pattern}")
+FOLDER_NAME = re.compile(rf"{re.escape(STAGING)}|{PROGRESS}|[0-9]{{5}}")
 
 
 class Gallery:
@@ -173,6 +175,22 @@ class Gallery:
     def names(self) -> set[str]:
         """The files of pictures that lines of metadata name, whether they are there or not."""
         return {name for _, _, row in self._lines() for name in (file_of(row), *progress_of(row)) if name is not None}
+
+    def find_irregular(self) -> str | None:
+        """Find what has a name of ours and is no file or folder of its own, such as a link or a pipe."""
+        folders = [self.path]
+        for folder in folders:
+            if not folder.is_dir():
+                continue
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    is_folder = folder == self.path and FOLDER_NAME.fullmatch(entry.name) is not None
+                    regular = entry.is_dir if is_folder else entry.is_file
+                    if (is_folder or FILE_NAME.fullmatch(entry.name)) and not regular(follow_symlinks=False):
+                        return str(Path(entry.path).relative_to(self.path))
+                    if is_folder:
+                        folders.append(Path(entry.path))
+        return None
 
     def find_stranger(self, done: Set[int], count: int | None, first: int = 0) -> str | None:
         """Find a file that has a name which will be written, and that is not of this class.

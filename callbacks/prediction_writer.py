@@ -110,6 +110,12 @@ class PredictionWriter(BasePredictionWriter):
             InputError: where the folder belongs to another command, or can't be written.
         """
         check_writable(self.save_dir, "save_dir", folder=True)
+        irregular = self.gallery.find_irregular()
+        if irregular is not None:  # reading or writing it would lead elsewhere, or wait forever
+            raise InputError(
+                f"save_dir: {self.save_dir / irregular} has a name that predict uses, and is no file or folder of its "
+                "own but a link, a pipe or the like; move it or use another folder"
+            )
         there = [] if not self.save_dir.exists() else list(self.save_dir.iterdir())
         if all(is_hidden_of_ours(path) for path in there):
             return set()  # also where a run was killed before it had written its config

@@ -24,6 +24,7 @@ from clipward.errors import InputError, first_line, shorten
 
 CONFIGS, CHECKPOINTS = (Path(str(resources.files(f"clipward.{room}"))) for room in ("configs", "checkpoints"))
 SHIPPED = "clipward:"  # before the name of something that ships
+NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # that weights may be
 
 
 def locate(name: str | Path) -> Path:
@@ -167,7 +168,7 @@ class FolderLock:
         """Take the lock, and make the folder; false where another process has it. A second call changes nothing."""
         while self._handle is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             if not _lock(handle):
                 os.close(handle)
                 return False
@@ -279,6 +280,12 @@ def read_safetensors(path: Path, field: str) -> tuple[dict[str, str], dict[str, 
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{field}: {shorten(path)} is damaged or no safetensors file ({first_line(error)})") from error
+    for name, value in state.items():
+        if value.is_floating_point() and value.dtype not in NUMBERS:
+            kind = str(value.dtype).removeprefix("torch.")
+            raise InputError(
+                f"{field}: got the key {shorten(name)} of {kind} values, expected float32, float16 or bfloat16"
+            )
     return metadata, {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
 
 

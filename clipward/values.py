@@ -50,6 +50,10 @@ def fits(kind: Any, value: Any, any_value: bool = False) -> bool:
         return any(fits(option, value, any_value) for option in options)
     if origin is list:
         return isinstance(value, list | tuple) and all(fits(options[0], each, any_value) for each in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            fits(kind, each, any_value) for pair in value.items() for kind, each in zip(options, pair, strict=True)
+        )
     if origin is tuple:
         if not isinstance(value, list | tuple):
             return False

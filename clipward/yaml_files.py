@@ -1,6 +1,7 @@
 """YAML from a person: read without surprises, or refused in one line."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ Loader: type = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class UnsafeYAML(yaml.YAMLError):
-    """YAML that says something twice, or grows too large."""
+    """YAML that says something twice, grows too large, or has a value that is not what its tag says."""
 
 
 @dataclass
@@ -83,7 +84,17 @@ def _add(collections: list[_Collection], size: int, value: str | None, line: int
 def load_yaml(text: str) -> Any:
     """The value of YAML, once :func:`check_yaml` has passed it."""
     check_yaml(text)
-    return yaml.load(text, Loader=Loader)
+    with name_faulty_tags():
+        return yaml.load(text, Loader=Loader)
+
+
+@contextmanager
+def name_faulty_tags() -> Iterator[None]:
+    """Raise :class:`UnsafeYAML` for a value that is not what its tag says, such as ``!!bool x``."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UnsafeYAML("a value that is not what its tag says") from error
 
 
 def read_yaml(path: Path, field: str) -> Any:

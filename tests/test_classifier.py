@@ -1,16 +1,19 @@
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_faces, tiny_trainer
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from clipward.datamodules.faces import ATTRIBUTES, Faces, FacesDataModule, attributes, caption
 from clipward.errors import InputError
 from clipward.lightning_modules.classifier import ClassifierModule
 from clipward.lightning_modules.optim import OptimConfig
-from clipward.networks.classifier import Classifier, load_classifier
+from clipward.networks.classifier import FORMAT, Classifier, load_classifier
 from clipward.networks.vocabulary import load_vocabulary
 
 VOCABULARY = load_vocabulary("faces")[0]
@@ -63,6 +66,30 @@ def test_a_file_that_is_no_judge_is_refused(tmp_path: Path, tiny_weights: Path) 
     (tmp_path / "text").write_text("hello")
     with pytest.raises(InputError, match="or no safetensors file"):
         load_classifier(tmp_path / "text")
+
+
+@pytest.mark.parametrize(
+    "vocabulary",
+    [{}, {"a": {}}, {"a": "x"}, {"a": ["x"]}, {"a": {"b": 3}}, {"a": {"b": [3]}}, {"a": {"b": [""]}}, None],
+)
+def test_a_file_or_a_folder_without_words_is_no_judge(vocabulary: Any, tmp_path: Path) -> None:
+    header = json.dumps({"vocabulary": vocabulary, "width": 8})
+    save_file({"x": torch.zeros(1)}, tmp_path / "judge.safetensors", {"format": FORMAT, "classifier": header})
+    with pytest.raises(InputError, match=r"judge: .* has a header of no classifier"):
+        load_classifier(tmp_path / "judge.safetensors")
+    entries: Any = vocabulary
+    if isinstance(vocabulary, dict) and all(isinstance(values, dict) for values in vocabulary.values()):
+        entries = {a: {b: {"prompt": "x", "words": w} for b, w in v.items()} for a, v in vocabulary.items()}
+    (tmp_path / "judge.json").write_text(json.dumps(entries))
+    with pytest.raises(InputError, match=r"judge: .* can't be read"):
+        load_vocabulary(tmp_path / "judge.json", "judge")
+
+
+@pytest.mark.parametrize("prompt", ["", " ", 3, None, ["a"]])
+def test_a_folder_whose_sentences_are_none_is_no_judge(prompt: Any, tmp_path: Path) -> None:
+    (tmp_path / "judge.json").write_text(json.dumps({"a": {"b": {"prompt": prompt, "words": ["x"]}}}))
+    with pytest.raises(InputError, match=r"judge: .* can't be read"):
+        load_vocabulary(tmp_path / "judge.json", "judge")
 
 
 def test_a_noise_aware_one_learns_from_noise_and_is_read_again(tmp_path: Path) -> None:

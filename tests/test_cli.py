@@ -1,13 +1,16 @@
 """The command line as a person uses it, on a model that takes no time."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import metadata
+from conftest import ROOT, metadata
 from layouts import Pesser
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -343,3 +346,19 @@ def test_a_wrong_judge_of_samples_is_named_before_anything_is_written(config: st
     with pytest.raises(SystemExit, match=r"^error: judge: there is no file 'nothing\.safetensors'$"):
         main(["fit", "-c", config])
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(("command", "said"), [("{} > /dev/full", "no space is left"), ("{} | head -c 1", "")])
+def test_an_output_that_ends_early_is_no_traceback(command: str, said: str) -> None:
+    call = command.format(f"{sys.executable} {ROOT / 'cli.py'} predict --help")
+    ran = subprocess.run(["bash", "-o", "pipefail", "-c", call], capture_output=True, text=True)
+    assert "Traceback" not in ran.stderr
+    assert "Exception" not in ran.stderr
+    assert said in ran.stderr
+
+
+def test_a_terminal_of_ascii_is_written_to() -> None:
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    ran = subprocess.run([sys.executable, ROOT / "cli.py", "predict", "--help"], capture_output=True, env=environment)
+    assert ran.returncode == 0
+    assert b"--text" in ran.stdout

@@ -418,6 +418,12 @@ def test_numbers_of_the_trainer_that_are_in_range() -> None:
         ("foo: 1", "foo: predict has no such setting; --help.all lists all"),
         ("trainer: {foo: 1}", "trainer.foo: predict has no such setting; --help.all lists all"),
         ("trainer: null", "trainer: got null, expected settings"),
+        ("trainer: {strategy: null}", "trainer.strategy: got null, expected a name such as auto or ddp"),
+        ("output: null", "output: got null, expected a value such as files, its default"),
+        ("shard_size: null", "shard_size: got null, expected a value such as 1000, its default"),
+        ("unguided: null", "unguided: got null, expected a value such as True, its default"),
+        ("seed: !!bool x", "config: FILE has a value that is not what its tag says"),
+        ("seed: !!timestamp x", "config: FILE has a value that is not what its tag says"),
         ("trainer: 3", "trainer: got 3 in FILE, expected settings, or a file of them"),
         ("model: {init_args: {foo: 1}}", "model.foo: DDPMModule has no such setting; --help.all lists all"),
         (

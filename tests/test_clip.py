@@ -106,6 +106,9 @@ def test_a_clip_that_is_nowhere_is_refused(tmp_path: Path) -> None:
         ("preprocess_cfg", {"mean": []}, r"got \[\] for mean in .*, expected three numbers"),
         ("preprocess_cfg", {"std": [1, 0, 1]}, r"got \[1, 0, 1\] for std in .*, expected numbers above 0"),
         ("preprocess_cfg", {"std": [1, "x", 1]}, r"got \[1, 'x', 1\] for std"),
+        ("preprocess_cfg", {"std": [1, -1, 1]}, r"got \[1, -1, 1\] for std in .*, expected numbers above 0"),
+        ("preprocess_cfg", {"std": [1, 1e-300, 1]}, r"got \[1, 1e-300, 1\] for std in .*, expected numbers above 0"),
+        ("preprocess_cfg", {"interpolation": "x"}, "got 'x' for interpolation in .*, expected bicubic or bilinear"),
     ],
 )
 def test_a_folder_of_absurd_settings_is_refused(part: str, change: dict, message: str, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 import fcntl
 import json
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -177,6 +179,34 @@ def test_a_name_that_another_file_has_is_refused(tmp_path: Path, output: str, na
         with pytest.raises(InputError, match=f"save_dir: {out / name} is there and was not written by predict"):
             writer.check(FOUR)
     assert (out / name).read_bytes() == content
+
+
+NAMES = ["metadata.jsonl", ".metadata.0.jsonl", ".metadata.3.jsonl", ".clipward.lock", "grid.png", "gallery.html"]
+NAMES += ["000003.png", ".000003.png.12", "000000003.tar", ".staged", "progress", "00001", ".staged/000003.png"]
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling", "pipe", "other"])
+@pytest.mark.parametrize("name", NAMES)
+def test_what_leads_elsewhere_is_refused(tmp_path: Path, name: str, kind: str) -> None:
+    out, precious = tmp_path / "x", tmp_path / "precious"
+    taken(out)
+    path, is_folder = out / name, name in (".staged", "progress", "00001")
+    path.parent.mkdir(exist_ok=True)
+    path.unlink(missing_ok=True)
+    if kind == "link":
+        (precious.mkdir if is_folder else precious.touch)()
+    if kind in ("link", "dangling"):
+        path.symlink_to(precious)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        (path.touch if is_folder else path.mkdir)()
+    for command in (COMMAND, OTHER):
+        with pytest.raises(
+            InputError, match=f"save_dir: {re.escape(str(path))} has a name that predict uses, and is no"
+        ):
+            PredictionWriter(str(out), command, overwrite=True).check(FOUR)
+    assert os.path.lexists(path)
 
 
 def test_a_name_that_is_not_needed_is_not_refused(tmp_path: Path) -> None:

@@ -3,8 +3,12 @@
 Lightning takes seconds to import, so only a command that runs imports it.
 """
 
+import errno
+import os
+import signal
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 
 from clipward.cli.help import COMMANDS, overview, short_help
 from clipward.cli.messages import finish, reports
@@ -16,10 +20,21 @@ HELP = {"-h", "--help"}
 def main(args: Sequence[str] | None = None) -> None:
     """Run a command; an error that a person can mend is one line on stderr, and the exit status is not 0."""
     given = sys.argv[1:] if args is None else list(args)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal of ASCII shows "?" in place of what it can't
     try:
         run(given)
+        print(end="", flush=True)
     except InputError as error:
         sys.exit(f"error: {finish(str(error), given)}" if reports() else 1)
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # what is left of the output has nowhere to go
+        if error.errno == errno.EPIPE:  # its reader has ended, as `head` does
+            sys.exit(128 + signal.SIGPIPE)
+        sys.exit("error: the output: no space is left on the device")
 
 
 def run(args: list[str]) -> None:

@@ -46,7 +46,16 @@ from clipward.callbacks.signals import (
     wait_for_main,
 )
 from clipward.cli.again import AGAIN, VARY, Again
-from clipward.cli.flags import DEFAULTS, EDIT_FLAGS, FLAGS, MODEL_FLAGS, NUMBER_FLAGS, REQUEST_FLAGS, Flag
+from clipward.cli.flags import (
+    DEFAULTS,
+    EDIT_FLAGS,
+    FLAGS,
+    MODEL_FLAGS,
+    NUMBER_FLAGS,
+    OUTPUT_FLAGS,
+    REQUEST_FLAGS,
+    Flag,
+)
 from clipward.cli.help import COMMANDS
 from clipward.cli.messages import first_process
 from clipward.cli.own_samples import draw_own_samples
@@ -173,6 +182,8 @@ class ClipwardCLI(LightningCLI):
         config.trainer.precision, config.precision = given, None
 
     def _check_strategy(self, trainer: Any) -> None:
+        if trainer.strategy is None:
+            raise InputError("trainer.strategy: got null, expected a name such as auto or ddp")
         name = trainer.strategy if isinstance(trainer.strategy, str) else trainer.strategy.class_path
         if "fsdp" in name.lower():
             raise InputError(f"trainer.strategy: got {name}, expected another; use -c fsdp, which shards by FSDP2")
@@ -261,6 +272,9 @@ class ClipwardCLI(LightningCLI):
                 method = choose_method(arguments.sampling.method, GuidanceConfig(**arguments.guidance.as_dict()))
                 config.guidance_weight = [METHODS[method].weight]
             given = REQUEST_FLAGS | (EDIT_FLAGS | NUMBER_FLAGS if self.subcommand == "predict" else {})
+            for name, flag in (given | OUTPUT_FLAGS).items():
+                if flag.default is not None and name in config and config[name] is None:
+                    raise InputError(f"{name}: got null, expected a value such as {flag.default}, its default")
             self.requests = PromptDataModule(**{name: config[name] for name in given})
             negative = config.model.init_args.get("guidance.negative_text")
             if negative and not self.again.hashes and next(self.requests.guiding_texts(), None) is None:
@@ -312,7 +326,8 @@ class ClipwardCLI(LightningCLI):
             ImportError,
             TypeError,
             ValueError,
-        ) as error:  # such as a strategy that doesn't exist
+            RuntimeError,
+        ) as error:  # such as a strategy that doesn't exist, or settings of SLURM that Lightning can't follow
             raise InputError(f"trainer: {error}") from error
         if self.callback is not None:
             trainer.callbacks.append(self.callback)

@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser, get_loader, set_dumper, set_loader
 
 from clipward.cli.messages import one_line
 from clipward.errors import InputError
-from clipward.yaml_files import UnsafeYAML, check_yaml
+from clipward.yaml_files import UnsafeYAML, check_yaml, name_faulty_tags
 
 UNREAD = "\x00"  # before a value that is not to be read as YAML yet; no argument of a command line can hold it
 NESTED = re.compile(r"--(?:model|data)\.(?!help$|class_path$|dict_kwargs\.)[^=]+")
@@ -23,7 +23,8 @@ def load(text: str) -> Any:
     if text.startswith(UNREAD):
         raise UnsafeYAML("a value that is read later")
     check_yaml(text)
-    return read_yaml(text)
+    with name_faulty_tags():
+        return read_yaml(text)
 
 
 class TextDumper(yaml.SafeDumper):

@@ -12,7 +12,7 @@ from clipward.errors import InputError, first_line
 from clipward.files import atomic_write, check_state, locate, read_safetensors
 from clipward.networks.channels import to_rgb
 from clipward.networks.noise_level import NoiseConditionedConv, with_noise_level
-from clipward.networks.vocabulary import Vocabulary, find_attributes
+from clipward.networks.vocabulary import Vocabulary, check_vocabulary, find_attributes
 
 FORMAT = "clipward-classifier-1"
 
@@ -86,6 +86,7 @@ def load_classifier(name: str | Path, role: str = "judge") -> Classifier:
         raise InputError(f"{role}: {path} is no classifier; expected one that configs/faces_judge.yaml makes")
     try:
         header = json.loads(metadata["classifier"])
+        check_vocabulary(header["vocabulary"])
         with torch.device("meta"):
             check_state(Classifier(**header).state_dict(), state, role)
     except InputError:

@@ -23,6 +23,7 @@ from clipward.values import fits
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
 LEVEL_FILE = "noise_level.safetensors"  # what makes it noise-aware
 MOST_LAYERS = 1000
+LEAST_STD = 1e-6  # of a picture's values, by which they are divided
 OPENAI_PREPROCESSING = {
     "mode": "RGB",
     "mean": [0.48145466, 0.4578275, 0.40821073],
@@ -231,8 +232,13 @@ def _check_config(file: Path) -> None:
     for key in ("mean", "std"):
         if key in pictures and not fits(tuple[float, float, float], pictures[key]):
             raise InputError(f"clip: got {shorten(pictures[key])} for {key} in {shorten(file)}, expected three numbers")
-    if 0 in pictures.get("std", ()):
+    if min(pictures.get("std", (1,))) < LEAST_STD:
         raise InputError(f"clip: got {shorten(pictures['std'])} for std in {shorten(file)}, expected numbers above 0")
+    interpolation = pictures.get("interpolation", "bicubic")
+    if interpolation not in ("bicubic", "bilinear"):
+        raise InputError(
+            f"clip: got {shorten(interpolation)} for interpolation in {shorten(file)}, expected bicubic or bilinear"
+        )
 
 
 def _check_finite(model: nn.Module, name: str) -> None:

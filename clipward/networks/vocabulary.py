@@ -2,10 +2,12 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 from clipward.errors import InputError
 from clipward.files import find_shipped, read_json
 from clipward.texts import split_text
+from clipward.values import fits
 from clipward.yaml_files import read_yaml
 
 Vocabulary = dict[str, dict[str, list[str]]]  # {attribute: {value: [words that name it in a text]}}
@@ -44,6 +46,14 @@ def check_attributes(vocabulary: Vocabulary, text: str, role: str) -> None:
         raise InputError(f"text: the {role} finds nothing to look for in {text!r}; it knows of {known}")
 
 
+def check_vocabulary(vocabulary: Any) -> None:
+    """Raise :class:`TypeError` where it is no :data:`Vocabulary`."""
+    if not fits(Vocabulary, vocabulary) or not vocabulary or not all(vocabulary.values()):
+        raise TypeError("attributes have values, which have lists of words")
+    if not all(all(words) for values in vocabulary.values() for words in values.values()):
+        raise TypeError("an empty word")
+
+
 def load_vocabulary(source: str | Path, field: str = "vocabulary") -> tuple[Vocabulary, Prompts]:
     """Read ``{attribute: {value: {"prompt": a sentence, "words": [words that name it]}}}``.
 
@@ -57,10 +67,11 @@ def load_vocabulary(source: str | Path, field: str = "vocabulary") -> tuple[Voca
     path = find_shipped(source, "vocabularies", field)
     entries = read_json(path, field) if path.suffix == ".json" else read_yaml(path, field)
     try:
-        prompts = {name: {v: str(e["prompt"]) for v, e in values.items()} for name, values in entries.items()}
-        vocabulary = {
-            name: {v: [str(w) for w in e["words"]] for v, e in values.items()} for name, values in entries.items()
-        }
+        prompts = {name: {v: e["prompt"] for v, e in values.items()} for name, values in entries.items()}
+        vocabulary = {name: {v: e["words"] for v, e in values.items()} for name, values in entries.items()}
+        check_vocabulary(vocabulary)
+        if not fits(Prompts, prompts) or not all(all(map(str.strip, each.values())) for each in prompts.values()):
+            raise TypeError("prompts are sentences")
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{field}: {path} can't be read ({type(error).__name__}); expected "
