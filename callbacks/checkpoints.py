@@ -1,6 +1,7 @@
 """Checkpoints on disk: they are written atomically, and a damaged or foreign one is never loaded."""
 
 import os
+import re
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ from clipward.errors import InputError, first_line, list_names, shorten
 from clipward.files import atomic_write, check_archive, remove_leftovers
 
 NEEDED = ("state_dict", "epoch", "global_step", "pytorch-lightning_version")
+VERSION = re.compile(r"\d+\.\d+(\.\w+)*")
 NAMES = r".+\.ckpt"
 TO_TRAIN = ("optimizer_states", "lr_schedulers", "loops")
 
@@ -100,9 +102,21 @@ def check_content(path: Path, needed: Iterable[str] = NEEDED) -> None:
     missing = [name for name in needed if name not in content]
     if missing:
         raise InputError(f"{refusal}: it has no {list_names(missing)}; use --weights for weights alone")
-    for name in ("state_dict", "current_model_state", "loops"):
+    for name in ("state_dict", "current_model_state", "loops", "callbacks"):
         if not isinstance(content.get(name, {}), dict):
             raise InputError(f"{refusal}: {name} is {shorten(content[name])}, expected a mapping")
+    if not isinstance(content.get("loops", {}).get("fit_loop", {}), dict):
+        raise InputError(f"{refusal}: loops.fit_loop is no mapping, expected one")
+    for name in ("optimizer_states", "lr_schedulers"):
+        states = content.get(name, [])
+        if not isinstance(states, list) or not all(isinstance(state, dict) for state in states):
+            raise InputError(f"{refusal}: {name} is {shorten(states)}, expected a list of mappings")
+    for name in ("epoch", "global_step"):
+        if type(content.get(name, 0)) is not int or content.get(name, 0) < 0:
+            raise InputError(f"{refusal}: {name} is {shorten(content[name])}, expected a whole number from 0 on")
+    version = content.get("pytorch-lightning_version", "2.0")
+    if not isinstance(version, str) or not VERSION.fullmatch(version):
+        raise InputError(f"{refusal}: pytorch-lightning_version is {shorten(version)}, expected one such as 2.6.0")
 
 
 def _sort_by_age(root: Path) -> list[Path]:

@@ -16,6 +16,7 @@ from clipward.callbacks.evaluation import HasValidationPictures
 from clipward.callbacks.figure import Cell, draw_figure
 from clipward.callbacks.gallery import save_png
 from clipward.callbacks.prediction_writer import GRID_ROWS
+from clipward.errors import InputError, shorten
 from clipward.evaluation.cost import Cost, CostMeter
 from clipward.evaluation.judges import Judges
 from clipward.evaluation.reference import Reference
@@ -24,6 +25,8 @@ from clipward.guidance.core import GuidanceError
 from clipward.guidance.methods import Method
 from clipward.networks.channels import check_shown
 from clipward.sampler import HasSampler, to_picture
+from clipward.texts import check_text
+from clipward.values import check_seed, check_weight
 
 
 class GuidedSamples(L.Callback):
@@ -60,7 +63,14 @@ class GuidedSamples(L.Callback):
         judge: list[str] | None = None,
         features: str = "judge",
     ) -> None:
-        self.text, self.guidance_weight = text or [], guidance_weight
+        counts = {"n_samples": n_samples, "micro_batch": micro_batch}
+        for name, value in {**counts, "every_n_steps": every_n_steps, "every_n_epochs": every_n_epochs}.items():
+            least = 1 if name in counts else 0
+            if type(value) is not int or value < least:
+                raise InputError(f"GuidedSamples.{name}: got {shorten(value)}, expected a whole number from {least} on")
+        check_seed(seed)
+        self.text = [check_text(each) for each in text or []]
+        self.guidance_weight = None if guidance_weight is None else check_weight(guidance_weight)
         self.every_n_steps, self.every_n_epochs, self.micro_batch = every_n_steps, every_n_epochs, micro_batch
         self.seeds = range(seed, seed + n_samples)
         self.judge_names, self.features = judge, features
@@ -90,6 +100,8 @@ class GuidedSamples(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: HasSampler) -> None:
         self._drawn_step = trainer.global_step
         check_shown(pl_module.sampler.architecture.unet.image_channels)
+        if self.text:
+            pl_module.sampler.models.check_texts(self.text, pl_module.sampler.method)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: HasSampler, outputs: Any, batch: Any, batch_idx: int

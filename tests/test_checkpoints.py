@@ -67,6 +67,9 @@ def test_only_a_file_is_a_checkpoint(tmp_path: Path, kind: str) -> None:
     assert last_checkpoint(tmp_path) is None
 
 
+SOUND = {"state_dict": {}, "epoch": 0, "global_step": 0, "pytorch-lightning_version": "2.6.0"}
+
+
 class Unpickled:
     def __reduce__(self) -> tuple:
         return os.mkdir, ("unpickled",)
@@ -80,6 +83,14 @@ class Unpickled:
         ([1, 2], "but 'list'"),
         (dict.fromkeys(NEEDED, 1), "state_dict is 1, expected a mapping"),
         (Unpickled(), "Weights only load failed"),
+        (SOUND | {"loops": {"fit_loop": 3}}, "loops.fit_loop is no mapping"),
+        (SOUND | {"callbacks": 3}, "callbacks is 3, expected a mapping"),
+        (SOUND | {"optimizer_states": 3}, "optimizer_states is 3, expected a list of mappings"),
+        (SOUND | {"lr_schedulers": [3]}, r"lr_schedulers is \[3\], expected a list of mappings"),
+        (SOUND | {"global_step": -1}, "global_step is -1, expected a whole number from 0 on"),
+        (SOUND | {"epoch": "x"}, "epoch is 'x', expected a whole number from 0 on"),
+        (SOUND | {"pytorch-lightning_version": 3}, "pytorch-lightning_version is 3, expected one such as 2.6.0"),
+        (SOUND | {"pytorch-lightning_version": "zzz"}, "pytorch-lightning_version is 'zzz', expected one"),
     ],
 )
 def test_a_foreign_file_is_no_checkpoint(

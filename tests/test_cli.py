@@ -357,6 +357,12 @@ def test_an_output_that_ends_early_is_no_traceback(command: str, said: str) -> N
     assert said in ran.stderr
 
 
+@pytest.mark.parametrize("args", [["--weights", "\udcff"], ["--weights=a\udcff"]])
+def test_a_name_that_is_no_utf8_is_named(args: list[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^error: weights: got '[^']*udcff', which is not UTF-8; rename it$"):
+        main(["predict", *args])
+
+
 def test_a_terminal_of_ascii_is_written_to() -> None:
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
     ran = subprocess.run([sys.executable, ROOT / "cli.py", "predict", "--help"], capture_output=True, env=environment)

@@ -24,6 +24,7 @@ def main(args: Sequence[str] | None = None) -> None:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal of ASCII shows "?" in place of what it can't
     try:
+        check_encoding(given)
         run(given)
         print(end="", flush=True)
     except InputError as error:
@@ -35,6 +36,17 @@ def main(args: Sequence[str] | None = None) -> None:
         if error.errno == errno.EPIPE:  # its reader has ended, as `head` does
             sys.exit(128 + signal.SIGPIPE)
         sys.exit("error: the output: no space is left on the device")
+
+
+def check_encoding(args: Sequence[str]) -> None:
+    """Raise :class:`InputError` for an argument of bytes that are no UTF-8, which no file of ours could hold."""
+    flag = "command"
+    for arg in args:
+        flag = arg.partition("=")[0] if arg.startswith("-") else flag
+        try:
+            arg.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{flag.lstrip('-')}: got {shorten(arg)}, which is not UTF-8; rename it") from error
 
 
 def run(args: list[str]) -> None:

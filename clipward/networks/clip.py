@@ -104,6 +104,9 @@ class Clip:
             if folder.is_dir():
                 if not (folder / CONFIG_FILE).is_file():
                     raise InputError(f"clip: got {name}, a folder without {CONFIG_FILE}; expected an open_clip folder")
+                irregular = [path.name for path in folder.iterdir() if not path.is_file() and not path.is_dir()]
+                if irregular:  # such as a pipe, which would be read forever
+                    raise InputError(f"clip: got {name}, whose {shorten(irregular[0])} is no regular file; remove it")
                 _check_config(folder / CONFIG_FILE)
                 source = f"local-dir:{folder}"
             elif name.startswith("hf-hub:"):
