@@ -1,5 +1,6 @@
 """YAML from a person: read without surprises, or refused in one line."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,11 +15,12 @@ MAX_BYTES = 1_000_000
 MAX_VALUES = 100_000  # after aliases have been replaced by what they stand for
 MAX_DEPTH = 100
 TOO_LARGE = f"more than {MAX_BYTES // 1_000_000} MB, expected less"
+OTHER_BASE = re.compile(r"[-+]?(0[0-7_]+|[1-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")  # as YAML 1.1 reads a number
 Loader: type = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class UnsafeYAML(yaml.YAMLError):
-    """YAML that says something twice, grows too large, or has a value that is not what its tag says."""
+    """YAML that says something twice, grows too large, or has a value that is not what it seems."""
 
 
 @dataclass
@@ -33,7 +35,7 @@ class _Collection:
 
 
 def check_yaml(text: str) -> None:
-    """Raise :class:`UnsafeYAML` where a key stands twice, or the text is too large or too deep.
+    """Raise :class:`UnsafeYAML` where a key stands twice, a number has another base, or the text is too large or deep.
 
     It reads the text as a stream and counts, so that aliases of aliases cost nothing.
     """
@@ -55,6 +57,10 @@ def check_yaml(text: str) -> None:
             size, anchor = sizes.get(anchor or "", MAX_VALUES + 1), None  # unknown: it is part of itself
         elif isinstance(event, yaml.ScalarEvent):
             size = 1
+            if not event.style and event.tag is None and OTHER_BASE.fullmatch(event.value):
+                raise UnsafeYAML(
+                    f"{shorten(event.value)}, which YAML reads in base 8 or 60; expected a plain number, or quotes"
+                )
         else:
             continue
         if anchor is not None:

@@ -422,6 +422,8 @@ def test_numbers_of_the_trainer_that_are_in_range() -> None:
         ("output: null", "output: got null, expected a value such as files, its default"),
         ("shard_size: null", "shard_size: got null, expected a value such as 1000, its default"),
         ("unguided: null", "unguided: got null, expected a value such as True, its default"),
+        ("seed: 010", "config: FILE has '010', which YAML reads in base 8 or 60; expected a plain number, or quotes"),
+        ("seed: 1:30", "config: FILE has '1:30', which YAML reads in base 8 or 60; expected a plain number, or quotes"),
         ("seed: !!bool x", "config: FILE has a value that is not what its tag says"),
         ("seed: !!timestamp x", "config: FILE has a value that is not what its tag says"),
         ("trainer: 3", "trainer: got 3 in FILE, expected settings, or a file of them"),
