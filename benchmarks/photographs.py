@@ -38,7 +38,7 @@ METHODS: dict[str, tuple[str, list[float], bool]] = {
     "formula as written": ("clip_guidance", [50], False),
     "contrastive, ordinary CLIP": ("contrastive_denoised", [5, 40], False),
     "GLIDE": ("glide", [10], True),
-    "contrastive": ("contrastive", [20, 80], True),
+    "contrastive": ("contrastive", [10, 80], True),
 }
 
 

@@ -187,6 +187,8 @@ class Gallery:
                     is_folder = folder == self.path and FOLDER_NAME.fullmatch(entry.name) is not None
                     regular = entry.is_dir if is_folder else entry.is_file
                     if (is_folder or FILE_NAME.fullmatch(entry.name)) and not regular(follow_symlinks=False):
+                        if entry.name == PROGRESS and entry.is_file(follow_symlinks=False):
+                            continue  # a stranger's, in the way only where pictures on their way are written
                         return str(Path(entry.path).relative_to(self.path))
                     if is_folder:
                         folders.append(Path(entry.path))
