@@ -105,7 +105,7 @@ def check_content(path: Path, needed: Iterable[str] = NEEDED) -> None:
     for name in ("state_dict", "current_model_state", "loops", "callbacks"):
         if not isinstance(content.get(name, {}), dict):
             raise InputError(f"{refusal}: {name} is {shorten(content[name])}, expected a mapping")
-    if not isinstance(content.get("loops", {}).get("fit_loop", {}), dict):
+    if not isinstance(content.get("loops", {"fit_loop": {}}).get("fit_loop"), dict):
         raise InputError(f"{refusal}: loops.fit_loop is no mapping, expected one")
     for name in ("optimizer_states", "lr_schedulers"):
         states = content.get(name, [])

@@ -83,6 +83,7 @@ class Unpickled:
         ([1, 2], "but 'list'"),
         (dict.fromkeys(NEEDED, 1), "state_dict is 1, expected a mapping"),
         (Unpickled(), "Weights only load failed"),
+        (SOUND | {"loops": {}}, "loops.fit_loop is no mapping"),
         (SOUND | {"loops": {"fit_loop": 3}}, "loops.fit_loop is no mapping"),
         (SOUND | {"callbacks": 3}, "callbacks is 3, expected a mapping"),
         (SOUND | {"optimizer_states": 3}, "optimizer_states is 3, expected a list of mappings"),
