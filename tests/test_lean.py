@@ -33,6 +33,18 @@ def weight_gradients(network: UNet, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
+def test_the_gradient_is_the_same_whether_weights_train_or_not(name: str, autocast: bool) -> None:
+    network = randomise(UNet(CONFIGS[name])).eval()
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    own = input_gradient(network, x, autocast)
+    network.requires_grad_(False)
+    found = input_gradient(network, x, autocast)
+    assert own.abs().max() > 0
+    torch.testing.assert_close(found, own, atol=0, rtol=2e-2 if autocast else 1e-6)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
 def test_the_gradient_is_that_of_torchs_own_layers(name: str, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     network = randomise(UNet(CONFIGS[name])).eval().requires_grad_(False)
     x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
