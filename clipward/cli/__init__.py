@@ -35,7 +35,7 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # what is left of the output has nowhere to go
         if error.errno == errno.EPIPE:  # its reader has ended, as `head` does
             sys.exit(128 + signal.SIGPIPE)
-        sys.exit("error: the output: no space is left on the device")
+        sys.exit(f"error: {error.filename or 'the output'}: no space is left on the device")
 
 
 def check_encoding(args: Sequence[str]) -> None:
