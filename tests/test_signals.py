@@ -190,7 +190,7 @@ def test_a_signal_that_python_swallows_ends_the_command_all_the_same(
 ) -> None:
     class Finalised:
         def __del__(self) -> None:  # an exception here is printed, and goes no further
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     check = PredictionWriter.check
 
@@ -201,13 +201,13 @@ def test_a_signal_that_python_swallows_ends_the_command_all_the_same(
 
     monkeypatch.setattr(PredictionWriter, "check", check_after_a_signal)
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # pytest's own fails the test
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as ended:
         main(["predict", "-c", config, *SHORT, "--save_dir", str(tmp_path / "x")])
-    assert ended.value.code == 130
-    assert "stopped by SIGINT; the same command goes on where it stopped" in capsys.readouterr().err
+    assert ended.value.code == 143
+    assert "stopped by SIGTERM; the same command goes on where it stopped" in capsys.readouterr().err
     assert count(tmp_path / "x") == 1
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_signal_that_is_ignored_stays_so() -> None:
