@@ -15,7 +15,7 @@ from clipward.errors import InputError, first_line, list_names, shorten
 from clipward.files import atomic_write, check_archive, remove_leftovers
 
 NEEDED = ("state_dict", "epoch", "global_step", "pytorch-lightning_version")
-VERSION = re.compile(r"\d+\.\d+(\.\w+)*")
+VERSION = re.compile(r"[2-9]\d*\.\d+(\.\w+)*")  # of Lightning; fit was never made for an older one
 NAMES = r".+\.ckpt"
 TO_TRAIN = ("optimizer_states", "lr_schedulers", "loops")
 

@@ -2,7 +2,7 @@
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
 import numpy as np
@@ -22,11 +22,21 @@ from clipward.evaluation.judges import Judges
 from clipward.evaluation.reference import Reference
 from clipward.evaluation.scores import Scores, summarise
 from clipward.guidance.core import GuidanceError
-from clipward.guidance.methods import Method
+from clipward.guidance.methods import METHODS, Method
+from clipward.guidance.models import GuidanceModels, choose_method
 from clipward.networks.channels import check_shown
 from clipward.sampler import HasSampler, to_picture
+from clipward.sampling_config import SamplingConfig
 from clipward.texts import check_text
 from clipward.values import check_seed, check_weight
+
+
+@runtime_checkable
+class HasGuidance(Protocol):
+    """A module that draws pictures, before it has its network."""
+
+    models: GuidanceModels
+    sampling: SamplingConfig
 
 
 class GuidedSamples(L.Callback):
@@ -68,9 +78,14 @@ class GuidedSamples(L.Callback):
             least = 1 if name in counts else 0
             if type(value) is not int or value < least:
                 raise InputError(f"GuidedSamples.{name}: got {shorten(value)}, expected a whole number from {least} on")
-        check_seed(seed)
-        self.text = [check_text(each) for each in text or []]
-        self.guidance_weight = None if guidance_weight is None else check_weight(guidance_weight)
+        try:
+            check_seed(seed)
+            self.text = [check_text(each) for each in text or []]
+            self.guidance_weight = None if guidance_weight is None else check_weight(guidance_weight)
+        except InputError as error:
+            raise InputError(f"GuidedSamples.{error}") from error
+        if not all(each.strip() for each in self.text):
+            raise InputError("GuidedSamples.text: got an empty one, expected sentences; leave it out for none")
         self.every_n_steps, self.every_n_epochs, self.micro_batch = every_n_steps, every_n_epochs, micro_batch
         self.seeds = range(seed, seed + n_samples)
         self.judge_names, self.features = judge, features
@@ -86,16 +101,28 @@ class GuidedSamples(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
-            self.load_judges()
+            self.prepare(pl_module)
 
-    def load_judges(self) -> None:
-        """Load the judges, once; the command line does so before a logger writes.
+    def prepare(self, pl_module: L.LightningModule) -> None:
+        """Load the judges and what guides, once; the command line does so before a logger writes.
 
         Raises:
-            InputError: where one is none, or knows no attribute that a text names.
+            InputError: where the model draws no pictures, a network can't be loaded, a text is too long for a CLIP, or
+                a judge knows no attribute that it names.
         """
         if self.judge_names is not None and self.judges is None:
             self.judges = Judges(self.judge_names, self.text, self.features)
+        if not isinstance(pl_module, HasGuidance):
+            name = type(pl_module).__name__
+            raise InputError(f"trainer.callbacks: got GuidedSamples for {name}, expected a model that draws pictures")
+        if self.text:
+            models = pl_module.models
+            method = METHODS[choose_method(pl_module.sampling.method, models.config)]
+            models.load(method.guided_by)
+            try:
+                models.check_texts(self.text, method)
+            except InputError as error:
+                raise InputError(f"GuidedSamples.{error}") from error
 
     def on_train_start(self, trainer: L.Trainer, pl_module: HasSampler) -> None:
         self._drawn_step = trainer.global_step

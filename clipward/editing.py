@@ -1,7 +1,6 @@
 """The pictures that a request comes with: one to start from, a mask of it, and one in the place of a text."""
 
 import hashlib
-import io
 import logging
 import math
 import os
@@ -17,11 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from clipward.errors import InputError, shorten
-from clipward.pictures import UnreadablePicture, read_picture, size_of
+from clipward.pictures import UnreadablePicture, read_picture, size_of, to_png
 
 Source = str | bytes  # a file's path, or what a file holds
 State = tuple[int, int] | None  # when a file was last changed, and its size
-PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 STRENGTH, MASKED_STRENGTH = 0.6, 1.0
 PICTURES = ("init_image", "mask", "image_prompt")
 
@@ -163,9 +161,10 @@ def to_source(value: Any, field: str) -> Source:
     if isinstance(value, Image.Image):
         if 0 in value.size:
             raise InputError(f"{field}: got a picture of {value.width}×{value.height} pixels, expected at least 1×1")
-        file = io.BytesIO()
-        (value if value.mode in PNG_MODES else value.convert("RGB")).save(file, "PNG")
-        return file.getvalue()
+        try:
+            return to_png(value)
+        except UnreadablePicture as error:
+            raise InputError(f"{field}: the picture can't be read ({error}); expected another one") from error
     if isinstance(value, str | os.PathLike | bytes) and value:
         return value if isinstance(value, bytes) else str(os.fspath(value))
     raise InputError(f"{field}: got {shorten(value)}, expected a picture's file")

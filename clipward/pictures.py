@@ -28,6 +28,7 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
 TIFF_BITS, TIFF_PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # it would print lines about files that are left out
@@ -85,6 +86,20 @@ def read_picture(source: str | bytes, size: int | tuple[int, int], channels: int
         upright = converted if turn is None else converted.transpose(turn)
         fitted = ImageOps.fit(upright, (width, height), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(fitted)).reshape(height, width, channels).permute(2, 0, 1).contiguous()
+
+
+def to_png(picture: Image.Image) -> bytes:
+    """What a PNG of a picture holds, which loses nothing that :func:`read_picture` would see.
+
+    Raises:
+        UnreadablePicture: where its pixels are damaged or gone, or have 32 bits a channel.
+    """
+    with _reporting():
+        if picture.mode in ("F", "I"):  # of which Pillow would keep the values up to 255
+            raise UnreadablePicture(f"pixels of the kind {picture.mode}")
+        file = io.BytesIO()
+        (picture if picture.mode in PNG_MODES else _to_rgb(picture)).save(file, "PNG")
+        return file.getvalue()
 
 
 def _open(source: str | bytes) -> Image.Image:

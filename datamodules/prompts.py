@@ -117,6 +117,10 @@ class PromptDataModule(L.LightningDataModule):
         """The texts of all requests that are guided, each at least once."""
         return self.requests.guiding_texts()
 
+    def all_texts(self) -> Iterator[str]:
+        """The texts of all requests, each at least once, whatever their weight."""
+        return self.requests.all_texts()
+
     def has_texts(self) -> bool:
         """Whether a picture is compared with a text, or with a picture in its place, whatever its weight."""
         return self.requests.has_texts()

@@ -73,6 +73,10 @@ class Product:
         """The texts of all requests that are guided, each at least once."""
         return iter(self.texts if any(self.weights) else ())
 
+    def all_texts(self) -> Iterator[str]:
+        """The texts of all requests, each at least once, whatever their weight."""
+        return iter(self.texts)
+
     def has_texts(self) -> bool:
         """Whether a picture is compared with a text, or with a picture in its place."""
         return bool(self.texts)
@@ -125,6 +129,10 @@ class Rows:
     def guiding_texts(self) -> Iterator[str]:
         """The texts of all requests that are guided, each at least once."""
         return (text for text, _, weights, *_ in self._parts() if any(weights))
+
+    def all_texts(self) -> Iterator[str]:
+        """The texts of all requests, each at least once, whatever their weight."""
+        return (text for text, *_ in self._parts())
 
     def has_texts(self) -> bool:
         """Whether a picture is compared with a text, or with a picture in its place."""

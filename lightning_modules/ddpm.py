@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -71,6 +70,10 @@ class HasRequests(Protocol):
 
     def guiding_texts(self) -> Iterator[str]:
         """The texts of all requests that are guided, each at least once."""
+        ...
+
+    def all_texts(self) -> Iterator[str]:
+        """The texts of all requests, each at least once, whatever their weight."""
         ...
 
     def has_texts(self) -> bool:
@@ -386,14 +389,13 @@ class DDPMModule(Reproducible):
         if stage in ("predict", "test"):
             # loaded here, before anything is written, and because the loops that follow run in inference mode
             data = self.trainer.datamodule
-            texts = data.guiding_texts() if isinstance(data, HasRequests) else iter(())
-            first = next(texts, None)
-            guided = first is not None
+            has_requests = isinstance(data, HasRequests)
+            guided = has_requests and next(data.guiding_texts(), None) is not None
             name = choose_method(self.sampling.method, self.models.config)
-            if guided or stage == "test" or not isinstance(data, HasRequests) or data.has_texts():
+            if guided or stage == "test" or not has_requests or data.has_texts():
                 self.models.load(METHODS[name].guided_by if guided else None)
-            if first is not None:
-                self.models.check_texts(filter(None, chain([first], texts)), METHODS[name])
+            if has_requests:
+                self.models.check_texts(filter(None, data.all_texts()), METHODS[name] if guided else None)
             if guided and self.sampling.method == AUTO and self.trainer.is_global_zero and stage == "test":
                 print(f"method: {name}, {REASONS[name]}")
             if self.sharded:

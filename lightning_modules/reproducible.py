@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from clipward.diffusion.sampling import seed_of
-from clipward.errors import InputError
+from clipward.errors import InputError, list_names, shorten
 
 
 class Reproducible(L.LightningModule):
@@ -56,6 +56,19 @@ class Reproducible(L.LightningModule):
 
     def on_validation_end(self) -> None:
         self._ended = None if self._ended is None else time.perf_counter()
+        if self.trainer.sanity_checking:
+            self._check_monitors()
+
+    def _check_monitors(self) -> None:
+        """Raise :class:`InputError` where a callback waits for a number of the validation that there is not."""
+        known = [name for name in self.trainer.callback_metrics if name.startswith("val")]
+        for callback in self.trainer.callbacks:
+            name = getattr(callback, "monitor", None)
+            if isinstance(name, str) and name.startswith("val") and name not in known:
+                raise InputError(
+                    f"trainer.callbacks: got the monitor {shorten(name)} of {type(callback).__name__}, expected one of "
+                    f"{list_names(known)}, or a train/ one"
+                )
 
     def logs_step(self, number: int) -> bool:
         """Whether the loggers get the numbers of a step, by its number from 1 on."""

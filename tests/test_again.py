@@ -132,6 +132,28 @@ def test_flags_override_the_record_and_that_is_said(drawn: Path, tmp_path: Path,
     assert [row["text"] for row in metadata(tmp_path / "z")] == ["a dog", "a cat"]
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"guidance_weight": None}, "has the guidance_weight None, expected a number"),
+        ({"clips": []}, "has an empty list of clips, expected their names"),
+        ({"seed": -1}, "has the seed -1, expected 0 or more"),
+        ({"seed": 2**70}, f"has the seed {2**70}, expected 0 or more"),
+        ({"steps": "many"}, "has the steps 'many', expected a whole number or null"),
+    ],
+)
+def test_a_damaged_record_is_named(drawn: Path, tmp_path: Path, change: dict, said: str) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "000001.png")
+    row = next(row for row in metadata(drawn) if row["index"] == 1)
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row | change))
+    assert error_of("--again", tmp_path / "000001.png").endswith(f"000001.png' {said}")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 300 + ".png", "1" * 300, "\x01", "."])
+def test_a_name_that_no_picture_has_is_named(name: str) -> None:
+    assert error_of("--again", name).startswith("error: again: ")
+
+
 def error_of(*args: object) -> str:
     with pytest.raises(SystemExit) as stopped:
         run(*args)

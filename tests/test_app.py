@@ -134,6 +134,12 @@ def test_a_port_that_is_taken_is_told() -> None:
             check_free(OWN_HOST, port)
 
 
+@pytest.mark.parametrize("host", ["a b", "8.8.8.8", "x" * 300, "nowhere.invalid"])
+def test_an_address_of_another_machine_is_told(host: str) -> None:
+    with pytest.raises(InputError, match=f"host: got .*, expected an address of this machine, such as {OWN_HOST}"):
+        check_free(host, 7860)
+
+
 def test_a_config_that_draws_nothing_is_told(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="config: got 'faces_clip', expected one of a model that draws"):
         load_studio("faces_clip")

@@ -92,6 +92,7 @@ class Unpickled:
         (SOUND | {"epoch": "x"}, "epoch is 'x', expected a whole number from 0 on"),
         (SOUND | {"pytorch-lightning_version": 3}, "pytorch-lightning_version is 3, expected one such as 2.6.0"),
         (SOUND | {"pytorch-lightning_version": "zzz"}, "pytorch-lightning_version is 'zzz', expected one"),
+        (SOUND | {"pytorch-lightning_version": "0.0.1"}, "pytorch-lightning_version is '0.0.1', expected one"),
     ],
 )
 def test_a_foreign_file_is_no_checkpoint(

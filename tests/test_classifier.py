@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from clipward.datamodules.faces import ATTRIBUTES, Faces, FacesDataModule, attributes, caption
 from clipward.errors import InputError
+from clipward.evaluation.judges import load_judge
 from clipward.lightning_modules.classifier import ClassifierModule
 from clipward.lightning_modules.optim import OptimConfig
 from clipward.networks.classifier import FORMAT, Classifier, load_classifier
@@ -90,6 +92,14 @@ def test_a_folder_whose_sentences_are_none_is_no_judge(prompt: Any, tmp_path: Pa
     (tmp_path / "judge.json").write_text(json.dumps({"a": {"b": {"prompt": prompt, "words": ["x"]}}}))
     with pytest.raises(InputError, match=r"judge: .* can't be read"):
         load_vocabulary(tmp_path / "judge.json", "judge")
+
+
+def test_a_folder_whose_sentence_is_too_long_is_no_judge(tmp_path: Path, tiny_clip: Path) -> None:
+    folder = tmp_path / "judge"
+    shutil.copytree(tiny_clip, folder)
+    (folder / "judge.json").write_text(json.dumps({"a": {"b": {"prompt": "a very " * 90, "words": ["x"]}}}))
+    with pytest.raises(InputError, match=r"^judge: .*judge.json' has a text: .* tokens too long"):
+        load_judge(folder)
 
 
 def test_a_noise_aware_one_learns_from_noise_and_is_read_again(tmp_path: Path) -> None:

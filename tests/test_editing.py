@@ -406,6 +406,30 @@ def make_noisy(folder: Path) -> str:
     return str(target)
 
 
+@pytest.mark.parametrize("mode", ["F", "I"])
+def test_a_picture_of_pillow_whose_pixels_have_no_meaning_here_is_refused(mode: str) -> None:
+    with pytest.raises(InputError, match=r"^init_image: the picture can't be read \("):
+        Edit(init_image=Image.new(mode, (8, 8)))
+
+
+def test_a_picture_of_pillow_that_is_gone_or_cut_off_is_refused(picture: str, tmp_path: Path) -> None:
+    closed = Image.open(picture)
+    closed.close()
+    (tmp_path / "half.png").write_bytes(Path(picture).read_bytes()[:200])
+    for given in (closed, Image.open(tmp_path / "half.png")):
+        with pytest.raises(InputError, match=r"^mask: the picture can't be read \("):
+            Edit(init_image=picture, mask=given)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "I;16B"])
+def test_a_picture_of_pillow_of_any_other_kind_is_the_one_it_shows(mode: str) -> None:
+    values = np.full((8, 8), 200 * 257, dtype=">u2")
+    grey = Image.fromarray(values) if mode == "I;16B" else Image.new("L", (8, 8), 255).convert("RGB").convert(mode)
+    assert grey.mode == mode
+    shown = Edit(init_image=grey).read_image((3, 8, 8))
+    assert shown.unique().tolist() == pytest.approx([200 / 127.5 - 1 if mode == "I;16B" else 1.0], abs=0.01)
+
+
 @pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].guided_by != "classifier"])
 def test_a_picture_guides_as_a_text_does(tiny_weights: Path, tiny_clip: Path, picture: str, method: str) -> None:
     sampler = make_guided(tiny_weights, tiny_clip, method, noisy=METHODS[method].guided_by == "noisy clip")

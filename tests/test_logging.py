@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_faces, tiny_module, tiny_trainer
+from lightning import LightningModule
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -41,14 +43,33 @@ def read_csv(folder: Path) -> list[dict[str, str]]:
         ({"micro_batch": 0}, "GuidedSamples.micro_batch: got 0, expected a whole number from 1 on"),
         ({"every_n_steps": -1}, "GuidedSamples.every_n_steps: got -1, expected a whole number from 0 on"),
         ({"every_n_epochs": 1.5}, "GuidedSamples.every_n_epochs: got 1.5, expected a whole number from 0 on"),
-        ({"seed": -1}, "seed: got -1, expected a whole number"),
-        ({"guidance_weight": float("nan")}, "guidance_weight: got nan, expected a finite number"),
-        ({"text": ["a\ud800"]}, "expected one without the character"),
+        ({"seed": -1}, "GuidedSamples.seed: got -1, expected a whole number"),
+        ({"guidance_weight": float("nan")}, "GuidedSamples.guidance_weight: got nan, expected a finite number"),
+        ({"text": ["a\ud800"]}, "GuidedSamples.text: .* expected one without the character"),
+        ({"text": ["a man", " "]}, "GuidedSamples.text: got an empty one"),
     ],
 )
 def test_samples_that_can_not_be_drawn_are_refused_before_training(settings: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         GuidedSamples(**settings)
+
+
+def test_samples_that_no_model_can_draw_are_refused_before_training(tiny_clip: Path) -> None:
+    with pytest.raises(InputError, match=r"^GuidedSamples.text: .* tokens too long for this CLIP"):
+        GuidedSamples(text=["a man", "a very " * 90]).prepare(tiny_module(clip=str(tiny_clip)))
+    with pytest.raises(InputError, match=r"^clip: got none, expected the name of a CLIP"):
+        GuidedSamples(text=["a man"]).prepare(tiny_module())
+    with pytest.raises(InputError, match=r"trainer.callbacks: got GuidedSamples for LightningModule, expected a model"):
+        GuidedSamples().prepare(LightningModule())
+
+
+def test_a_monitor_that_is_not_logged_stops_before_training(tmp_path: Path) -> None:
+    options = {"num_sanity_val_steps": 1, "max_epochs": 1}
+    trainer = tiny_trainer(tmp_path, callbacks=[EarlyStopping("val_loss")], **options)
+    with pytest.raises(InputError, match="got the monitor 'val_loss' of EarlyStopping, expected one of val/loss, or"):
+        trainer.fit(tiny_module(), tiny_faces())
+    assert trainer.global_step == 0
+    tiny_trainer(tmp_path, callbacks=[EarlyStopping("val/loss")], **options).fit(tiny_module(), tiny_faces())
 
 
 class Recorded(DDPMModule):

@@ -64,6 +64,8 @@ def test_texts_are_counted_as_they_are_read(tmp_path: Path, content: str) -> Non
     assert len(data.requests) == len(list(data.requests))
     guided = dict.fromkeys(request.text for request in data.requests if request.guidance_weight)
     assert list(dict.fromkeys(data.guiding_texts())) == list(guided)
+    assert list(dict.fromkeys(data.all_texts())) == list(guided)
+    assert list(data.all_texts()) == list(PromptDataModule(prompts=str(file), guidance_weight=[0]).all_texts())
 
 
 def test_the_texts_of_a_file_are_not_loaded(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """``--again PICTURE`` and ``--vary PICTURE``: the command that makes a picture again, from what it says of itself."""
 
 import json
+import os
 import re
 from collections.abc import Sequence, Set
 from importlib.metadata import version
@@ -10,7 +11,7 @@ from typing import Any
 from clipward.cli.flags import FLAGS, MODEL_FLAGS, TRAINER_FLAGS
 from clipward.editing import EDIT_FIELDS, PICTURES, find_changed
 from clipward.errors import InputError, shorten
-from clipward.values import describe, fits
+from clipward.values import MOST_SEED, describe, fits
 
 AGAIN, VARY = "again", "vary"
 MODULE = "clipward.lightning_modules.ddpm.DDPMModule"
@@ -66,7 +67,8 @@ KINDS: dict[str, Any] = {
     **dict.fromkeys(("use_ema", "clip_denoised", "invert"), bool | None),
     **dict.fromkeys(("steps", "repeats", "candidates", "batch_multiple"), int | None),
     **dict.fromkeys(("index", "seed"), int),
-    **dict.fromkeys(("guidance_weight", "class_weight", "strength"), float | None),
+    "guidance_weight": float,
+    **dict.fromkeys(("class_weight", "strength"), float | None),
     **dict.fromkeys(PICTURES, str | None),
     **dict.fromkeys(HASHES, str | None),
     "clips": tuple[str, ...],
@@ -186,9 +188,10 @@ def read_record(path: Path, field: str) -> dict[str, Any]:
     """
     from clipward.callbacks.gallery import METADATA, read_mark
 
-    record = read_mark(path) if path.is_file() else {}
+    is_file = os.path.isfile(path)  # false too where the name is too long
+    record = read_mark(path) if is_file else {}
     metadata = path.parent / METADATA
-    if not record and path.stem.isdecimal() and len(path.stem) < 20 and metadata.is_file():
+    if not record and path.stem.isdecimal() and len(path.stem) < 20 and os.path.isfile(metadata):
         for line in metadata.read_text(encoding="utf-8", errors="replace").split("\n"):  # a text may have other breaks
             try:
                 row = json.loads(line)
@@ -197,7 +200,7 @@ def read_record(path: Path, field: str) -> dict[str, Any]:
             if isinstance(row, dict) and row.get("index") == int(path.stem):
                 record = row
     if not record:
-        what = "says nothing of how it was made" if path.is_file() else "is no file"
+        what = "says nothing of how it was made" if is_file else "is no file"
         raise InputError(f"{field}: {shorten(path)} {what}; expected a picture that predict wrote, or its metadata")
     missing = [name for name in NEEDED if name not in record]
     if missing:
@@ -215,6 +218,11 @@ def to_settings(record: dict[str, Any], path: Path, field: str) -> dict[str, Any
         if name in record and not fits(kind, record[name]):
             given, expected = shorten(record[name]), describe(kind)
             raise InputError(f"{field}: {shorten(path)} has the {name} {given}, expected {expected}")
+    for name in ("index", "seed"):
+        if not 0 <= record[name] <= MOST_SEED:
+            raise InputError(f"{field}: {shorten(path)} has the {name} {shorten(record[name])}, expected 0 or more")
+    if record.get("clips") == []:
+        raise InputError(f"{field}: {shorten(path)} has an empty list of clips, expected their names")
     known = dict(record)
     sampler, by_weights = record["sampler"], record.get("by_weights")
     eta = DDIM.fullmatch(str(sampler))

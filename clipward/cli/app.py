@@ -1,5 +1,6 @@
 """``clipward app``: a page on this machine that draws pictures while a person watches."""
 
+import errno
 import hashlib
 import io
 import os
@@ -406,7 +407,11 @@ def check_free(host: str, port: int) -> None:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind((host, port))
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError | socket.gaierror) or error.errno == errno.EADDRNOTAVAIL:
+            raise InputError(
+                f"host: got {shorten(host)}, expected an address of this machine, such as {OWN_HOST}"
+            ) from error
         raise InputError(f"port: can't listen at {host}:{port} ({error.strerror}); use another") from error
 
 

@@ -66,7 +66,7 @@ from clipward.cli.trainer_values import check_trainer
 from clipward.datamodules.celebahq import CelebAHQDataModule
 from clipward.datamodules.own_samples import OwnSamplesDataModule
 from clipward.datamodules.prompts import PromptDataModule
-from clipward.errors import InputError, shorten
+from clipward.errors import InputError, first_line, shorten
 from clipward.evaluation.judges import Judges
 from clipward.files import check_writable
 from clipward.guidance.core import GuidanceError
@@ -241,6 +241,9 @@ class ClipwardCLI(LightningCLI):
                 for setting in ("save_dir", "dirpath"):
                     if given.get(setting):
                         places[f"trainer.{name}.{setting}"] = given[setting]
+                if name == "logger" and given.get("save_dir"):
+                    folders = [given["save_dir"], *(str(given.get(each) or "") for each in ("name", "version"))]
+                    places["trainer.logger.name"] = os.path.join(*folders)
         samples = (config.get("data.init_args") or {}).get("samples_dir")
         places["data.samples_dir"] = samples if not config.get("data.init_args.path") else None
         for field, place in places.items():
@@ -352,6 +355,8 @@ class ClipwardCLI(LightningCLI):
                 print(file=sys.stderr)  # the bar has left its line open
             raise
         except RuntimeError as error:
+            if str(error).startswith("Early stopping conditioned on metric"):  # one that no step of the training has
+                raise InputError(f"trainer.callbacks: {first_line(error)}") from error
             if not str(error).startswith("Error(s) in loading state_dict"):
                 raise
             name = self.config[subcommand].model.class_path.rpartition(".")[2]
@@ -364,7 +369,7 @@ class ClipwardCLI(LightningCLI):
         trainer: Any = self.trainer  # whose callbacks have no type
         for callback in trainer.callbacks:
             if isinstance(callback, GuidedSamples):
-                callback.load_judges()
+                callback.prepare(self.model)
         if isinstance(self.datamodule, OwnSamplesDataModule) and self.datamodule.draws:
             draw_own_samples(self.trainer, self.model.weights, self.datamodule)
 

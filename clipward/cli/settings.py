@@ -1,5 +1,6 @@
 """What a person asks for, before Lightning is there: which configs, and whether they and the flags are understood."""
 
+import locale
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from clipward.cli.flags import FLAGS
 from clipward.cli.renamed import Setting, find_renamed, flatten
 from clipward.errors import InputError, shorten
-from clipward.yaml_files import read_mapping
+from clipward.yaml_files import load_yaml, read_mapping
 
 DEFAULT_CONFIG = "faces"
 DEFAULT_FLAGS: dict[str, list[str]] = {  # of a command without a config
@@ -37,6 +38,7 @@ def prepare(command: str, args: Sequence[str], with_default: bool = True) -> lis
         path = find_config(name)
         args[place] = str(path)
         content = read_mapping(path)
+        check_locale(path, content)
         check_shapes(command, path, content)
         settings.append((name, [*flatten(content), *parts(content, path.parent)]))
     settings.append(("", given_flags(args)))
@@ -87,6 +89,20 @@ def find_config(name: str) -> Path:
     if name not in known:
         raise InputError(f"config: got {shorten(name)}, expected a YAML file or one of {', '.join(known)}")
     return known[name]
+
+
+def check_locale(path: Path, content: dict[str, Any]) -> None:
+    """Raise :class:`InputError` where the parser, which decodes files as the locale says, would read something else."""
+    if locale.getpreferredencoding(False).lower() in ("utf-8", "utf8"):
+        return
+    try:
+        same = load_yaml(path.read_text()) == content
+    except ValueError:  # of the decoder
+        same = False
+    if not same:
+        raise InputError(
+            f"config: {shorten(path)} can't be read in the encoding of this locale; set PYTHONUTF8=1 in the environment"
+        )
 
 
 def check_shapes(command: str, path: Path, content: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clipward.errors import InputError
+from clipward.errors import InputError, shorten
 
 SkipType = Literal["uniform", "uniform2", "leading", "quad", "trailing", "karras", "logsnr"]
 ScheduleName = Literal["linear", "scaled_linear", "cosine"]
@@ -173,7 +173,7 @@ class Schedule:
         """Where ``n`` steps begin, from the lowest t to the highest."""
         num = len(self)
         if not 1 <= n <= num:
-            raise InputError(f"skip_steps: got {n}, expected 1 to {num}")
+            raise InputError(f"skip_steps: got {shorten(n)}, expected 1 to {num}")
         if skip_type == "uniform":
             return [i * num // n for i in range(n)]
         if skip_type == "leading":

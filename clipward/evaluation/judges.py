@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from clipward.errors import InputError
+from clipward.errors import InputError, shorten
 from clipward.evaluation.cost import Cost
 from clipward.evaluation.features import load_extractor
 from clipward.evaluation.judgements import Judgement
@@ -84,7 +84,11 @@ def load_judge(name: str | Path) -> Judge:
     if missing:
         raise InputError(f"judge: got {path}, which has no {missing[0]}; expected a CLIP's folder with one")
     vocabulary, prompts = load_vocabulary(path / JUDGE_FILE, "judge")
-    return ClipJudge(Clip.load(str(name)), prompts, vocabulary)
+    clip = Clip.load(str(name))
+    try:
+        return ClipJudge(clip, prompts, vocabulary)
+    except InputError as error:  # a sentence that is too long
+        raise InputError(f"judge: {shorten(path / JUDGE_FILE)} has a {error}") from error
 
 
 class ScoresTexts(Protocol):

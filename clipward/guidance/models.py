@@ -181,8 +181,12 @@ class GuidanceModels:
                 clip.keep_hash()  # of the whole model, before it is in parts
                 shard(visual, getattr(getattr(visual, "transformer", None), "resblocks", []), mesh)
 
-    def check_texts(self, texts: Iterable[str], method: Method) -> None:
+    def check_texts(self, texts: Iterable[str], method: Method | None) -> None:
         """Check that the CLIPs of a method can read all texts and their contrast captions, before any is encoded.
+
+        Args:
+            texts: as people write them.
+            method: None where no text guides, and the CLIPs only score.
 
         Raises:
             InputError: where a part of one is empty or too long; a classifier must know something that each part names.
@@ -206,23 +210,25 @@ class GuidanceModels:
                     where = f"; it is part {number} of {shorten(text)}" if len(parts) > 1 else ""
                     raise InputError(f"{error}{where}") from error
 
-    def _reading(self, method: Method) -> list[Clip]:
+    def _reading(self, method: Method | None) -> list[Clip]:
         """The CLIPs that encode the texts of a method."""
-        if method.guided_by == "classifier":
+        guided_by = None if method is None else method.guided_by
+        if guided_by == "classifier":
             return []
         clips = self.clips if self.names else []
-        return [*clips, self.noisy_clip] if method.guided_by == "noisy clip" else clips
+        return [*clips, self.noisy_clip] if guided_by == "noisy clip" else clips
 
     def _longest_phrase(self) -> int:
         """By how many bytes a contrast caption may be longer than its text."""
         return max((len(phrase.encode()) for group in self.contrasts for phrase in group), default=0) + 4
 
-    def _check_sentence(self, text: str, method: Method, clips: Sequence[Clip]) -> None:
-        if method.guided_by == "classifier":
+    def _check_sentence(self, text: str, method: Method | None, clips: Sequence[Clip]) -> None:
+        if method is not None and method.guided_by == "classifier":
             check_attributes(self.classifier.vocabulary, text, "classifier")
+        longest = self._longest_phrase() if method is not None and method.contrast else 0
         for clip in clips:
             clip.check_length(text)
-            if method.contrast and len(text.encode()) + self._longest_phrase() > clip.context_length:
+            if longest and len(text.encode()) + longest > clip.context_length:
                 ContrastiveLogLikelihood(clip, [text], self.contrasts, self.config.neutral)
 
     def cosines(self, image: Tensor, text: Sequence[str]) -> Tensor:

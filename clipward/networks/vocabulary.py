@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from clipward.errors import InputError
+from clipward.errors import InputError, shorten
 from clipward.files import find_shipped, read_json
 from clipward.texts import split_text
 from clipward.values import fits
@@ -43,7 +43,7 @@ def check_attributes(vocabulary: Vocabulary, text: str, role: str) -> None:
     """Raise :class:`InputError` where a text names nothing of the vocabulary."""
     if not find_allowed(vocabulary, text):
         known = ", ".join(vocabulary)
-        raise InputError(f"text: the {role} finds nothing to look for in {text!r}; it knows of {known}")
+        raise InputError(f"text: the {role} finds nothing to look for in {shorten(text)}; it knows of {known}")
 
 
 def check_vocabulary(vocabulary: Any) -> None:
