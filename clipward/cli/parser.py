@@ -65,8 +65,18 @@ class OneLineParser(ArgumentParser):
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **options: Any) -> Any:  # type: ignore[override]
         """Parse; only the parser that knows the type of a setting inside of another reads its value."""
         if args is not None:
+            self._check_names(args)
             args = keep_unread(args) if self.exit_on_error else [arg.replace(UNREAD, "", 1) for arg in args]
         return super().parse_args(args, *more, **options)
+
+    def _check_names(self, args: Sequence[str]) -> None:
+        """Raise :class:`InputError` for a flag that there is not, before configs and the classes they name are read."""
+        if self._subcommands_action is not None:  # a command's own parser knows its flags
+            return
+        for arg in args:
+            name = arg.partition("=")[0]
+            if re.fullmatch(r"--\w+", name) and name not in self._option_string_actions:
+                self.error(f"unrecognized arguments: {name}")
 
     def parse_object(self, cfg_obj: Any, *more: Any, **options: Any) -> Any:
         """Parse settings that are in a collection already; the one of a flag may still be unread."""
