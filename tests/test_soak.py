@@ -50,5 +50,5 @@ def test_memory_and_open_files_stay_as_they_are(config: str, tmp_path: Path, tin
     late = [each for each in found if REQUESTS * 3 / 4 <= each[0] < REQUESTS]
     most = [max(each[place] for each in found) for place in (1, 2)]
     print(f"{REQUESTS} requests, {STEPS} steps: at most {most[0]:.0f} MiB and {most[1]} open files")
-    for place, slack in ((1, 16), (2, 0)):
+    for place, slack in ((1, 16), (2, 2)):  # a picture and its metadata may be open at that moment
         assert max(each[place] for each in late) <= max(each[place] for each in early) + slack
