@@ -61,6 +61,8 @@ class _FrozenConv(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         weight, stride, padding = weight.to(grad.dtype), list(ctx.stride), list(ctx.padding)
+        if (*weight.shape[2:], *stride, *padding) == (1, 1, 1, 1, 0, 0):  # torch's own way back takes twice as long
+            return F.conv2d(grad, weight.transpose(0, 1)).to(ctx.dtype), None, None, None, None
         x = torch.empty(ctx.shape, dtype=grad.dtype, device=grad.device, memory_format=best_order(grad.device))
         needed = [True, False, False]
         found = torch.ops.aten.convolution_backward(
@@ -79,7 +81,7 @@ class _NormSiLU(torch.autograd.Function):
         given = (weight, bias) if mixed else (weight.to(x.dtype), bias.to(x.dtype))
         y, mean, rstd = torch.native_group_norm(x, *given, len(x), x.shape[1], x[0, 0].numel(), groups, eps)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
-        return F.silu(y)
+        return F.silu(y, inplace=True)
 
     @staticmethod
     @once_differentiable
@@ -103,6 +105,6 @@ class _NormSiLU(torch.autograd.Function):
         count = x[0].numel() // groups
         of_mean = (gamma * total).sum(2, keepdim=True) * rstd / count
         of_rstd = (gamma * along).sum(2, keepdim=True) * rstd**2 / count
-        found = torch.addcmul(spread(mean * of_rstd - of_mean), x, spread(-of_rstd))
+        found = torch.addcmul(spread(mean * of_rstd - of_mean), x, spread(-of_rstd), out=y)
         found.addcmul_(grad, spread(slope))
         return found, along.sum(0).flatten(), total.sum(0).flatten(), None, None

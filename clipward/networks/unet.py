@@ -274,9 +274,9 @@ class ResBlock(nn.Module):
             scale, shift = time.chunk(2, dim=1)
             h = F.silu(self.norm2(h) * (1 + scale) + shift)
         else:
-            h = norm_silu(self.norm2, h + time)
+            h = norm_silu(self.norm2, h.add_(time))
         h = self.conv2(self.dropout(h))
-        return self.shortcut(self.resize(x)) + h
+        return h.add_(self.shortcut(self.resize(x)))
 
 
 class Attention(nn.Module):
