@@ -18,6 +18,7 @@ from clipward.errors import InputError, shorten
 from clipward.files import CHECKPOINTS, CONFIGS, SHIPPED
 from clipward.guidance.models import GuidanceConfig, GuidanceModels
 from clipward.networks.channels import check_shown
+from clipward.networks.lean import arrange_weights
 from clipward.networks.unet import UNet
 from clipward.sampler import Sampler, Watch, to_picture
 from clipward.sampling_config import SamplingConfig
@@ -218,6 +219,7 @@ def load(
     loaded.into(network)
     network.requires_grad_(False).eval()
     network.to(place)
+    arrange_weights(network, place)
     if compile:
         network.compile()
     return Model(Sampler(network, loaded.architecture, GuidanceModels(guidance, compiled=compile), config))

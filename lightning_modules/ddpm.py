@@ -22,6 +22,7 @@ from clipward.lightning_modules.ema import EMA
 from clipward.lightning_modules.optim import OptimConfig, adamw
 from clipward.lightning_modules.reproducible import Reproducible
 from clipward.networks.channels import check_shown
+from clipward.networks.lean import arrange_weights
 from clipward.networks.sharding import fill, full_state, own_parameters, shard
 from clipward.networks.unet import UNet
 from clipward.sampler import Sampler, Watch
@@ -403,9 +404,12 @@ class DDPMModule(Reproducible):
 
     def on_predict_start(self) -> None:
         self.provenance()
+        if not self.sharded:
+            with torch.inference_mode(False):
+                arrange_weights(self.unet, self.device)
 
     def on_test_start(self) -> None:
-        self.provenance()
+        self.on_predict_start()
 
     @property
     def sharded(self) -> bool:

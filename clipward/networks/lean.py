@@ -28,6 +28,12 @@ def arrange(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=best_order(x.device))
 
 
+def arrange_weights(network: nn.Module, device: torch.device) -> None:
+    """Put the weights of convolutions in the best order too, else every pass copies them into it."""
+    if best_order(device) == torch.channels_last:
+        network.to(memory_format=torch.channels_last)
+
+
 class Conv2d(nn.Conv2d):
     """``nn.Conv2d``, whose backward pass keeps the weight alone where it is frozen."""
 
