@@ -18,6 +18,7 @@ without the fresh noise it guides about twice as hard as at η = 1. Over few ste
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -275,18 +276,24 @@ class Gradient(Generic[AnyObjective]):
     Args:
         take: what computes it.
         needs_graph: whether it differentiates through the denoising network, which then keeps its graph.
+        last: computes the same, and gives the network's graph back on the way; None where that is not known to be safe.
     """
 
     take: Callable[[AnyObjective, Prediction, Tensor, Step], Tensor]
     needs_graph: bool = False
+    last: Callable[[AnyObjective, Prediction, Tensor, Step], Tensor] | None = None
 
     def __call__(self, objective: AnyObjective, pred: Prediction, x: Tensor, step: Step) -> Tensor:
         return self.take(objective, pred, x, step)
 
 
-def through_network(take: Callable[[Objective, Prediction, Tensor, Step], Tensor]) -> Gradient[Objective]:
-    """Mark a gradient that differentiates through the denoising network."""
-    return Gradient(take, needs_graph=True)
+def through_network(score: Callable[[Objective, Prediction, Tensor, Step], Tensor]) -> Gradient[Objective]:
+    """The gradient of a score at x_t, through the denoising network."""
+
+    def take(objective: Objective, pred: Prediction, x: Tensor, step: Step, retain_graph: bool = True) -> Tensor:
+        return _derivative(score(objective, pred, x, step), x, retain_graph)
+
+    return Gradient(take, needs_graph=True, last=partial(take, retain_graph=False))
 
 
 @Gradient
@@ -304,14 +311,14 @@ def grad_clean(objective: Objective, pred: Prediction, x: Tensor, step: Step) ->
 @through_network
 def grad_denoised(objective: Objective, pred: Prediction, x: Tensor, step: Step) -> Tensor:
     """∇_{x_t} L(x̂0(x_t)), through the network."""
-    return _derivative(objective(pred.x0, step), x)
+    return objective(pred.x0, step)
 
 
 @through_network
 def grad_blended(objective: Objective, pred: Prediction, x: Tensor, step: Step) -> Tensor:
     """∇_{x_t} L(√(1−ᾱ_t)·x̂0 + (1 − √(1−ᾱ_t))·x_t), through the network (Crowson's clip-guided diffusion)."""
     share = (1 - step.alpha_bar_t) ** 0.5
-    return _derivative(objective(share * pred.x0 + (1 - share) * x, step), x)
+    return objective(share * pred.x0 + (1 - share) * x, step)
 
 
 @Gradient
@@ -533,6 +540,19 @@ def weigh_texts(guidance: Guidance, weights: Tensor) -> Guidance:
     if isinstance(guidance, GradientGuidance | GradientAscent | SphericalGuidance):
         return replace(guidance, objective=WeightedTexts(guidance.objective, weights))
     return guidance
+
+
+def free_graph(guidances: Sequence[Guidance]) -> list[Guidance]:
+    """The same guidances, of which the last gradient through the network gives its graph back on the way."""
+    found = list(guidances)
+    for place, each in reversed(list(enumerate(guidances))):
+        if isinstance(each, Sum):
+            found[place] = Sum(free_graph(each.guidances))
+        elif isinstance(each, GradientGuidance | SphericalGuidance) and each.gradient.last is not None:
+            found[place] = replace(each, gradient=replace(each.gradient, take=each.gradient.last))
+        if not isinstance(each, GradientAscent):  # which has a graph of its own
+            break
+    return found
 
 
 def refuse_zero(g: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from clipward.guidance.core import (
     Guidance,
     SphericalGuidance,
     Sum,
+    free_graph,
     grad_blended,
     grad_clean,
     grad_denoised,
@@ -81,7 +82,7 @@ class Method:
 
     def guidances(self, objectives: Objectives, weight: Tensor) -> list[Guidance]:
         """What changes a prediction: :attr:`guide`, where an image has several texts by their weighted sum."""
-        found = self.guide(objectives, weight)
+        found = free_graph(self.guide(objectives, weight))
         if objectives.text_weights is None:
             return found
         return [weigh_texts(guidance, objectives.text_weights) for guidance in found]
