@@ -111,14 +111,16 @@ class GuidedSamples(L.Callback):
                 a judge knows no attribute that it names.
         """
         if self.judge_names is not None and self.judges is None:
-            self.judges = Judges(self.judge_names, self.text, self.features)
+            with isolate_rng():  # a network is made with random weights before it has its own
+                self.judges = Judges(self.judge_names, self.text, self.features)
         if not isinstance(pl_module, HasGuidance):
             name = type(pl_module).__name__
             raise InputError(f"trainer.callbacks: got GuidedSamples for {name}, expected a model that draws pictures")
         if self.text:
             models = pl_module.models
             method = METHODS[choose_method(pl_module.sampling.method, models.config)]
-            models.load(method.guided_by)
+            with isolate_rng():
+                models.load(method.guided_by)
             try:
                 models.check_texts(self.text, method)
             except InputError as error:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from clipward.errors import InputError, shorten
 from clipward.pictures import UnreadablePicture, read_picture, size_of, to_png
+from clipward.values import MOST_WEIGHT
 
 Source = str | bytes  # a file's path, or what a file holds
 State = tuple[int, int] | None  # when a file was last changed, and its size
@@ -204,7 +205,10 @@ def find_changed(record: dict[str, Any]) -> str | None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    number: Any = value
+    return bool(-MOST_WEIGHT <= number <= MOST_WEIGHT)  # a whole number may be too large for a float
 
 
 def _read(field: str, source: Any, size: tuple[int, int], channels: int, reports: bool = False) -> Tensor:

@@ -262,7 +262,7 @@ def find_device(device: str | torch.device | None) -> torch.device:
 
 def _settings_of(name: str) -> dict[str, Any]:
     """How a model that ships is guided, by the config that has it as its default; nothing for any other name."""
-    if Path(name).exists() or not (CHECKPOINTS / name).is_dir():
+    if os.path.exists(name) or not os.path.isdir(CHECKPOINTS / name):
         return {}
     for path in sorted(CONFIGS.glob("*.yaml")):
         model = yaml.safe_load(path.read_text(encoding="utf-8")).get("model") or {}

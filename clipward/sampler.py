@@ -227,9 +227,11 @@ class Sampler:
                     f"image_prompt: got a picture for {self.method_name}, which is guided by a classifier that reads "
                     "texts alone; use a method that a CLIP guides"
                 )
-            if edit is not None and edit.invert and (self.config.solver or self.config.ddim_eta):
+            config = self.config
+            if edit is not None and edit.invert and (config.solver or config.ddim_eta or config.ddim is False):
+                beside = config.solver or (f"ddim_eta {config.ddim_eta:g}" if config.ddim_eta else "ddim false")
                 raise InputError(
-                    f"invert: got {self.config.solver or f'ddim_eta {self.config.ddim_eta:g}'} beside it, expected "
+                    f"invert: got {beside} beside it, expected "
                     "neither a solver nor noise; an inverted picture goes back by DDIM's steps"
                 )
             self.make_update(edit)

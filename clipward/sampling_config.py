@@ -1,6 +1,5 @@
 """The settings by which pictures are made."""
 
-import math
 from dataclasses import dataclass
 
 from clipward.diffusion.denoiser import VarType
@@ -9,7 +8,7 @@ from clipward.diffusion.solvers import SOLVERS, SolverName
 from clipward.errors import InputError, shorten
 from clipward.guidance.methods import AUTO, METHODS, MethodName
 from clipward.guidance.weight_schedule import WeightSchedule
-from clipward.values import ClassLabel, check_types
+from clipward.values import MOST_WEIGHT, ClassLabel, check_types
 
 STEPS = 50  # where nothing else is said
 MOST_TOGETHER = 1024  # pictures that must be drawn at once, and walks of one step
@@ -78,22 +77,24 @@ class SamplingConfig:
             if value is not None and not 1 <= value <= MOST_TOGETHER:
                 raise InputError(f"sampling.{name}: got {shorten(value)}, expected 1 to {MOST_TOGETHER}")
         if self.interval is not None and not 0 <= self.interval[0] < self.interval[1] <= 1:
-            raise InputError(f"sampling.interval: got {self.interval}, expected two rising numbers from 0 to 1")
+            raise InputError(
+                f"sampling.interval: got {shorten(self.interval)}, expected two rising numbers from 0 to 1"
+            )
         if self.weight_schedule is not None:
             WeightSchedule.parse(self.weight_schedule)
-        if not math.isfinite(self.class_weight):
-            raise InputError(f"class_weight: got {self.class_weight}, expected a finite number")
+        if not abs(self.class_weight) <= MOST_WEIGHT:
+            raise InputError(f"class_weight: got {shorten(self.class_weight)}, expected a finite number")
         share, most = self.dynamic_thresholding_ratio, self.sample_max_value
         if share is not None and not 0 < share <= 1:
-            raise InputError(f"dynamic_thresholding_ratio: got {share}, expected above 0, up to 1")
+            raise InputError(f"dynamic_thresholding_ratio: got {shorten(share)}, expected above 0, up to 1")
         if most is not None and share is None:
-            raise InputError(f"sample_max_value: got {most} without dynamic_thresholding_ratio, expected both")
+            raise InputError(f"sample_max_value: got {shorten(most)} without dynamic_thresholding_ratio, expected both")
         if most is not None and not most >= 1:
-            raise InputError(f"sample_max_value: got {most}, expected 1 or more")
+            raise InputError(f"sample_max_value: got {shorten(most)}, expected 1 or more")
         if share is not None and self.clip_denoised is False:
             raise InputError("dynamic_thresholding_ratio: got one beside clip_denoised false, expected one of the two")
         if not 0 <= self.ddim_eta <= 1:
-            raise InputError(f"ddim_eta: got {self.ddim_eta}, expected 0 to 1")
+            raise InputError(f"ddim_eta: got {shorten(self.ddim_eta)}, expected 0 to 1")
         if self.solver is not None and self.solver not in SOLVERS:
             raise InputError(f"solver: got {self.solver!r}, expected one of {', '.join(SOLVERS)}")
         if self.solver is not None and self.ddim:

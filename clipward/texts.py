@@ -98,7 +98,7 @@ def split_negative(text: str | None) -> list[Part]:
     if text and not text.strip():
         raise InputError(f"negative_text: got {shorten(text)}, expected a phrase; leave it out for none")
     try:
-        parts = split_text(text or "")
+        parts = split_text(check_text(text or ""))
     except InputError as error:
         raise InputError(f"negative_{error}") from error
     below = next((part for part in parts if part.weight < 0), None)

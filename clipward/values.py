@@ -10,6 +10,7 @@ from clipward.errors import InputError, shorten
 
 ClassLabel = str | int | None  # a name or a number; None is that of the settings
 MOST_SEED = 2**63 - 1  # parquet has no larger whole numbers
+LEAST_TOO_LARGE = 10**308  # whole numbers that no float holds
 MOST_WEIGHT = 1e38  # float32 ends at 3.4e38
 ONE = {
     int: "a whole number",
@@ -62,7 +63,9 @@ def fits(kind: Any, value: Any, any_value: bool = False) -> bool:
             fits(each, one, any_value) for each, one in zip(kinds, value, strict=True)
         )
     if kind is float:
-        return type(value) is int or (type(value) is float and (any_value or math.isfinite(value)))
+        return (type(value) is int and abs(value) < LEAST_TOO_LARGE) or (
+            type(value) is float and (any_value or math.isfinite(value))
+        )
     return type(value) is kind
 
 

@@ -14,7 +14,8 @@ from clipward.errors import InputError, first_line, shorten
 MAX_BYTES = 1_000_000
 MAX_VALUES = 100_000  # after aliases have been replaced by what they stand for
 MAX_DEPTH = 100
-TOO_LARGE = f"more than {MAX_BYTES // 1_000_000} MB, expected less"
+TOO_LONG = f"more than {MAX_BYTES // 1_000_000} MB, expected less"
+TOO_LARGE = re.compile(r"[-+]?[0-9]{309,}")  # a number that no float holds
 OTHER_BASE = re.compile(r"[-+]?(0[0-7_]+|[1-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")  # as YAML 1.1 reads a number
 Loader: type = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -40,7 +41,7 @@ def check_yaml(text: str) -> None:
     It reads the text as a stream and counts, so that aliases of aliases cost nothing.
     """
     if len(text) > MAX_BYTES:
-        raise UnsafeYAML(TOO_LARGE)
+        raise UnsafeYAML(TOO_LONG)
     sizes: dict[str, int] = {}
     open_collections: list[_Collection] = []
     for event in yaml.parse(text, Loader=Loader):
@@ -61,6 +62,8 @@ def check_yaml(text: str) -> None:
                 raise UnsafeYAML(
                     f"{shorten(event.value)}, which YAML reads in base 8 or 60; expected a plain number, or quotes"
                 )
+            if not event.style and TOO_LARGE.fullmatch(event.value):
+                raise UnsafeYAML(f"{shorten(event.value)}, expected a number below 1e308")
         else:
             continue
         if anchor is not None:
@@ -115,7 +118,7 @@ def read_yaml(path: Path, field: str) -> Any:
     """
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise UnsafeYAML(TOO_LARGE)
+            raise UnsafeYAML(TOO_LONG)
         return load_yaml(path.read_text(encoding="utf-8"))
     except UnsafeYAML as error:
         raise InputError(f"{field}: {path} has {error}") from error

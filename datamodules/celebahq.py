@@ -89,6 +89,15 @@ class CelebAHQDataModule(L.LightningDataModule):
         self.cache, self.strict, self.channels = cache, strict, channels
         self.train_set: Subset | None = None
 
+    @property
+    def attributes(self) -> dict[str, list[str]] | None:
+        """The values of each attribute of the labels, in their order."""
+        return None if self.labels is None else {name: list(values) for name, values in self.labels.items()}
+
+    @property
+    def has_captions(self) -> bool:
+        return self.caption_column is not None
+
     def prepare_data(self) -> None:
         """Look at the data before a logger writes. Where there are several processes, all look, in ``setup``."""
         if self.trainer is not None and self.trainer.world_size == 1:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,17 @@ class Edits:
             each of whose pictures is edited.
         folder: what the paths in rows are relative to.
 
-    Raises:
-        InputError: where a picture can't be read, or the options don't go together.
+    An :class:`InputError` says where a picture can't be read, or the options of a request don't go together.
     """
 
     def __init__(self, options: Mapping[str, Any], folder: Path = Path()) -> None:
         self.options, self.folder = options, folder
         self._checked: set[Any] = set()
-        self.default = self._make(options)
+
+    @cached_property
+    def default(self) -> list[Edit | None]:
+        """The edits of the flags alone."""
+        return self._make(self.options)
 
     def beside(self, file: str) -> "Edits":
         """The same for the rows of a file, whose paths are relative to its own."""
@@ -37,6 +41,8 @@ class Edits:
         if not own:
             return self.default  # which is checked already
         for name in PICTURES:
+            if own.get(name) == "":
+                raise InputError(f"{name}: got an empty name, expected a picture's file; leave it out for none")
             if isinstance(own.get(name), str):
                 own[name] = os.path.join(self.folder, own[name])  # which leaves an absolute path as it is
         return self._make({**self.options, **own})

@@ -397,6 +397,13 @@ class FacesDataModule(L.LightningDataModule):
         self.batch_size, self.num_workers, self.channels = batch_size, num_workers, channels
         self.train_set: Faces | None = None
 
+    @property
+    def attributes(self) -> dict[str, list[str]]:
+        """The values of each attribute of the labels, in their order."""
+        return {name: list(values) for name, values in ATTRIBUTES.items()}
+
+    has_captions = True
+
     def prepare_data(self) -> None:
         """Look at the data before a logger writes. Where there are several processes, all look, in ``setup``."""
         if self.trainer is not None and self.trainer.world_size == 1:

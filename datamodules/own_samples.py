@@ -6,8 +6,12 @@ from typing import Any
 from PIL import Image
 
 from clipward.datamodules.celebahq import CelebAHQDataModule
+from clipward.datamodules.loading import MOST_PICTURES, check_whole
 from clipward.datamodules.sources import open_rows
-from clipward.errors import InputError
+from clipward.errors import InputError, shorten
+from clipward.values import MOST_SEED
+
+OF_PICTURES = ("caption_column", "labels", "classes", "first", "count")  # what samples do not have
 
 
 class OwnSamplesDataModule(CelebAHQDataModule):
@@ -41,10 +45,14 @@ class OwnSamplesDataModule(CelebAHQDataModule):
         **data: Any,
     ) -> None:
         super().__init__(path or str(Path(samples_dir)), size=size, batch_size=batch_size, **data)
-        for name, value in (("samples", samples), ("skip_steps", skip_steps), ("micro_batch", micro_batch)):
-            if value < 1:
-                raise InputError(f"data.{name}: got {value}, expected 1 or more")
+        check_whole(1, MOST_PICTURES, samples=samples, skip_steps=skip_steps, micro_batch=micro_batch)
+        check_whole(0, MOST_SEED - samples, seed=seed)
         self.draws = path is None
+        if self.draws:
+            for name in OF_PICTURES:
+                if getattr(self, name) not in (None, 0):
+                    given = shorten(getattr(self, name))
+                    raise InputError(f"data.{name}: got {given} for own samples, expected --data.path beside it")
         self.samples_dir, self.samples, self.seed = Path(samples_dir), samples, seed
         self.skip_steps, self.micro_batch = skip_steps, micro_batch
 

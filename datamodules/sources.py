@@ -144,12 +144,12 @@ class Folder:
     def _listed(self) -> list[str]:
         """The files that ``metadata.jsonl`` names, as ``predict`` and imagefolders have it: not a grid beside them."""
         try:
-            lines = (self.path / METADATA).read_text(encoding="utf-8").splitlines()
+            lines = (self.path / METADATA).read_text(encoding="utf-8").split("\n")  # a text may have other breaks
             names = [str(json.loads(line)["file_name"]) for line in lines if line.strip()]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             message = f"{self.field}: got {shorten(self.path)}, whose {METADATA} can't be read ({first_line(error)})"
             raise InputError(message) from error
-        return sorted(name for name in names if (self.path / name).is_file())
+        return sorted(name for name in names if os.path.isfile(self.path / name))
 
     def __len__(self) -> int:
         return len(self.names)

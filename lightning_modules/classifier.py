@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from clipward.diffusion.schedule import Schedule, ScheduleName
-from clipward.errors import InputError
-from clipward.lightning_modules.degrade import degrade, diffuse
+from clipward.errors import InputError, list_names
+from clipward.lightning_modules.degrade import check_noise, degrade, diffuse
 from clipward.lightning_modules.optim import OptimConfig, adamw
 from clipward.lightning_modules.reproducible import Reproducible
-from clipward.networks.classifier import Classifier, save_classifier
-from clipward.networks.vocabulary import load_vocabulary
+from clipward.networks.classifier import Classifier, check_width, save_classifier
+from clipward.networks.vocabulary import check_labels_of, load_vocabulary
 
 
 class ClassifierModule(Reproducible):
@@ -42,11 +42,20 @@ class ClassifierModule(Reproducible):
         schedule: ScheduleName = "cosine",
     ) -> None:
         super().__init__()
+        check_width(width)
+        check_noise(max_noise)
         self.network = Classifier(load_vocabulary(vocabulary, "model.vocabulary")[0], width, noise_aware)
         self.schedule = Schedule.from_name(schedule)
         self.save_path = None if save_path is None else Path(save_path)
         self.optim = optim
         self.max_noise, self.blur = max_noise, blur
+
+    def check_data(self, data: Any) -> None:
+        """Raise :class:`InputError` where the labels are not those of the vocabulary."""
+        check_labels_of(data, self.network.vocabulary, "model.vocabulary")
+        further = list(getattr(data, "attributes", None) or {})[len(self.network.vocabulary) :]
+        if further:
+            raise InputError(f"data.labels: got {list_names(further)}, which model.vocabulary has not; leave it out")
 
     def on_fit_start(self) -> None:
         super().on_fit_start()

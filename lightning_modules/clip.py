@@ -9,13 +9,14 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from clipward.diffusion.schedule import Schedule, ScheduleName
-from clipward.errors import InputError
-from clipward.lightning_modules.degrade import degrade, diffuse
+from clipward.errors import InputError, shorten
+from clipward.lightning_modules.degrade import check_noise, degrade, diffuse
 from clipward.lightning_modules.optim import OptimConfig, adamw
 from clipward.lightning_modules.reproducible import Reproducible
 from clipward.networks.clip import (
     OPENAI_PREPROCESSING,
     Clip,
+    check_new_model,
     contrastive_loss,
     make_noise_aware,
     new_model,
@@ -24,7 +25,7 @@ from clipward.networks.clip import (
     save_folder,
 )
 from clipward.networks.noise_level import NoiseConditionedConv, with_noise_level
-from clipward.networks.vocabulary import load_vocabulary
+from clipward.networks.vocabulary import check_labels_of, load_vocabulary
 
 
 class ClipModule(Reproducible):
@@ -65,6 +66,7 @@ class ClipModule(Reproducible):
         levels: list[int] | None = None,
     ) -> None:
         super().__init__()
+        check_noise(max_noise)
         self.model_cfg = {"embed_dim": embed_dim, "vision_cfg": vision or {}, "text_cfg": text or {}}
         self.preprocess_cfg = {"size": self.model_cfg["vision_cfg"].get("image_size", 224), **OPENAI_PREPROCESSING}
         self.save_dir = None if save_dir is None else Path(save_dir)
@@ -73,6 +75,11 @@ class ClipModule(Reproducible):
         self.zero_shot = {} if zero_shot is None else load_vocabulary(zero_shot, "model.zero_shot")[1]
         self.clip, self.noise_aware = clip, noise_aware
         self.schedule, self.levels = Schedule.from_name(schedule), levels or []
+        most = len(self.schedule) - 1
+        if not all(0 <= t <= most for t in self.levels):
+            raise InputError(f"model.levels: got {shorten(self.levels)}, expected whole numbers from 0 to {most}")
+        if clip is None:
+            check_new_model(self.model_cfg)
         self.model: torch.nn.Module | None = None
 
     def configure_model(self) -> None:
@@ -88,6 +95,12 @@ class ClipModule(Reproducible):
             self.model.requires_grad_(True).train()
         if self.noise_aware and not isinstance(self.model.visual.conv1, NoiseConditionedConv):
             make_noise_aware(self.model)
+
+    def check_data(self, data: Any) -> None:
+        """Raise :class:`InputError` where there are no captions, or the labels are not those of ``zero_shot``."""
+        if not getattr(data, "has_captions", True):
+            raise InputError("data.caption_column: got none, expected the column of the captions that the CLIP learns")
+        check_labels_of(data, self.zero_shot, "model.zero_shot")
 
     def on_fit_start(self) -> None:
         super().on_fit_start()

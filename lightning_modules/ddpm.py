@@ -395,8 +395,8 @@ class DDPMModule(Reproducible):
             name = choose_method(self.sampling.method, self.models.config)
             if guided or stage == "test" or not has_requests or data.has_texts():
                 self.models.load(METHODS[name].guided_by if guided else None)
-            if has_requests:
-                self.models.check_texts(filter(None, data.all_texts()), METHODS[name] if guided else None)
+                texts = data.all_texts() if has_requests else iter(())
+                self.models.check_texts(filter(None, texts), METHODS[name] if guided else None)
             if guided and self.sampling.method == AUTO and self.trainer.is_global_zero and stage == "test":
                 print(f"method: {name}, {REASONS[name]}")
             if self.sharded:

@@ -8,6 +8,15 @@ from torch import Tensor
 
 from clipward.diffusion.denoiser import add_noise
 from clipward.diffusion.schedule import Schedule
+from clipward.errors import InputError, shorten
+
+MOST_NOISE = 10.0  # pictures lie in [-1, 1]
+
+
+def check_noise(max_noise: float) -> None:
+    """Raise :class:`InputError` where it is no strength of noise."""
+    if not 0 <= max_noise <= MOST_NOISE:
+        raise InputError(f"model.max_noise: got {shorten(max_noise)}, expected 0 to {MOST_NOISE}")
 
 
 def degrade(image: Tensor, max_noise: float, blur: bool) -> Tensor:

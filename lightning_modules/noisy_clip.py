@@ -11,12 +11,12 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from clipward.diffusion.denoiser import add_noise
-from clipward.errors import InputError
+from clipward.errors import InputError, shorten
 from clipward.lightning_modules.optim import OptimConfig, adamw
 from clipward.lightning_modules.reproducible import Reproducible
 from clipward.networks.clip import Clip, make_noise_aware, preprocess, save_folder
 from clipward.networks.noise_level import with_noise_level
-from clipward.networks.vocabulary import load_vocabulary
+from clipward.networks.vocabulary import check_labels_of, load_vocabulary
 
 TEMPERATURE = 0.05  # of the softmax over a batch's similarities; the features of one domain lie close together
 LOWEST, HIGHEST = 0.02, 0.98  # the noise levels to learn, as shares of the quarter circle from clean to pure noise
@@ -58,8 +58,10 @@ class NoisyClipModule(Reproducible):
         optim: OptimConfig = OptimConfig(),
     ) -> None:
         super().__init__()
-        if relational < 0:
-            raise InputError(f"model.relational: got {relational}, expected 0 or more")
+        if not 0 <= relational < float("inf"):
+            raise InputError(f"model.relational: got {shorten(relational)}, expected a finite number from 0 on")
+        if not all(0 <= level <= 1 for level in levels):
+            raise InputError(f"model.levels: got {shorten(levels)}, expected numbers from 0 to 1")
         if not 0 <= shift < 0.5:
             raise InputError(f"model.shift: got {shift}, expected 0 to below 0.5")
         self.clip, self.weights = clip, weights
@@ -88,6 +90,11 @@ class NoisyClipModule(Reproducible):
     @property
     def teacher(self) -> Clip:
         return self._teacher[0].to(self.device)
+
+    def check_data(self, data: Any) -> None:
+        """Raise :class:`InputError` where there are labels, but not those of ``zero_shot``."""
+        if getattr(data, "attributes", None) is not None:
+            check_labels_of(data, self.prompts, "model.zero_shot")
 
     def on_fit_start(self) -> None:
         super().on_fit_start()

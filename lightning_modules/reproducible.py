@@ -28,6 +28,9 @@ class Reproducible(L.LightningModule):
     _ended: float | None = None  # when the work on the last batch ended
     _seconds, _pictures = 0.0, 0  # since the last log
 
+    def check_data(self, data: Any) -> None:
+        """Raise :class:`InputError` where a data module lacks what the module learns from."""
+
     def on_fit_start(self) -> None:
         if self.training_seed is None:
             self.training_seed = self.trainer.strategy.broadcast(torch.initial_seed())

@@ -135,7 +135,9 @@ def test_flags_override_the_record_and_that_is_said(drawn: Path, tmp_path: Path,
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"guidance_weight": None}, "has the guidance_weight None, expected a number"),
+        ({"guidance_weight": None}, "does not say its guidance_weight; expected a picture of predict"),
+        ({"weights_hash": None}, "does not say its weights_hash; expected a picture of predict"),
+        ({"guidance_weight": "x"}, "has the guidance_weight 'x', expected a number"),
         ({"clips": []}, "has an empty list of clips, expected their names"),
         ({"seed": -1}, "has the seed -1, expected 0 or more"),
         ({"seed": 2**70}, f"has the seed {2**70}, expected 0 or more"),

@@ -163,6 +163,10 @@ def test_fit_logs_saves_and_resumes_and_predict_takes_what_it_saved(config: str,
     main(["fit", "-c", config, "--ckpt_path", str(last), "--trainer.max_steps", "6"])
     main(["validate", "-c", config, "--ckpt_path", str(last)])
     predict(config, tmp_path / "a", "--ckpt_path", str(last), "--n_samples", "1")
+    assert {row["weights"] for row in metadata(tmp_path / "a")} == {str(last)}  # not the default's
+    again = ["--again", str(tmp_path / "a/000000.png"), "--save_dir", str(tmp_path / "again")]
+    main(["predict", *again])
+    assert (tmp_path / "again/000000.png").read_bytes() == (tmp_path / "a/000000.png").read_bytes()
     predict(config, tmp_path / "b", "--weights", str(last), "--n_samples", "1")
     predict(config, tmp_path / "c", "--ckpt_path", "last", "--n_samples", "1")
     assert metadata(tmp_path / "c")[0]["weights_hash"] != metadata(tmp_path / "b")[0]["weights_hash"]

@@ -338,7 +338,7 @@ def test_other_modules_keep_their_names() -> None:
         ("predict --ddim_eta 0.5", "ddim_eta: got 0.5 without DDIM's steps, expected --ddim beside it"),
         (
             f"predict --class_label {'9' * 5000}",
-            f"class_label: got '{'9' * 37}…{'9' * 38}', expected none, since the model knows no classes",
+            f"class_label: got '{'9' * 37}…{'9' * 38}', expected a number below 1e308",
         ),
         (
             "predict --weight_schedule 0:1e7",
@@ -352,6 +352,21 @@ def test_other_modules_keep_their_names() -> None:
         ("convert clipward:faces64 x --head_channels 0", "head_channels: got 0, expected 1 or more"),
         ("convert clipward:faces64 x --head_channels -4", "head_channels: got -4, expected 1 or more"),
         ("convert", "source: got none, expected a value"),
+        (f"predict --strength {'9' * 400}", f"strength: got '{'9' * 37}…{'9' * 38}', expected a number below 1e308"),
+        (
+            "predict --noisy_clip= --text x",
+            "noisy_clip: got an empty name, expected a folder, a file or a name such as ViT-B-32/openai",
+        ),
+        ("fit -c faces_classifier --model.width 5", "model.width: got 5, expected a multiple of 8 from 8 to 4096"),
+        ("fit -c faces_clip --model.embed_dim 0", "model.embed_dim: got 0, expected 1 to 65536"),
+        ("fit -c faces_clip --model.max_noise -1", "model.max_noise: got -1.0, expected 0 to 10.0"),
+        ("fit -c faces_clip --model.levels [5000]", "model.levels: got [5000], expected whole numbers from 0 to 999"),
+        ("fit -c noisy_clip --model.levels [2]", "model.levels: got (2.0,), expected numbers from 0 to 1"),
+        (
+            "convert a b --to diffusers --half true",
+            "half: got true beside --to diffusers, expected --to safetensors; diffusers' folder is float32",
+        ),
+        ("convert a hf://b/c", "target: got 'hf://b/c', expected a file or a folder of this machine"),
         ("convert a b --to zip", "to: got 'zip', expected one of safetensors, diffusers"),
     ],
 )

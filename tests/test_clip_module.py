@@ -1,17 +1,31 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import TINY_CLIP, randomise, tiny_faces, tiny_trainer
+from PIL import Image
 
+from clipward.datamodules.celebahq import CelebAHQDataModule
+from clipward.datamodules.faces import ATTRIBUTES
 from clipward.diffusion.schedule import Schedule
 from clipward.errors import InputError
 from clipward.guidance.objectives import ClipSimilarity
+from clipward.lightning_modules.classifier import ClassifierModule
 from clipward.lightning_modules.clip import ClipModule
 from clipward.lightning_modules.degrade import diffuse
 from clipward.lightning_modules.optim import OptimConfig
-from clipward.networks.clip import OPENAI_PREPROCESSING, Clip, make_noise_aware, new_model, preprocess, save_folder
+from clipward.networks.clip import (
+    OPENAI_PREPROCESSING,
+    Clip,
+    check_new_model,
+    make_noise_aware,
+    new_model,
+    preprocess,
+    save_folder,
+)
 from clipward.networks.noise_level import NoiseConditionedConv, with_noise_level
+from clipward.networks.vocabulary import check_labels_of
 
 
 def test_a_new_noise_level_changes_nothing() -> None:
@@ -101,3 +115,58 @@ def test_diffusing_is_the_forward_process() -> None:
     assert x.mean().item() == pytest.approx(0.5 * a**0.5, abs=0.02)
     assert x.var().item() == pytest.approx(1 - a, rel=0.05)
     assert len(diffuse(image[:50], schedule)[1].unique()) > 30
+
+
+@pytest.mark.parametrize(
+    ("part", "sizes", "message"),
+    [
+        ("vision_cfg", {"image_size": -16}, "model.vision: got -16 for image_size, expected pixels from 1 to"),
+        ("vision_cfg", {"head_width": 3}, "model: got sizes of no CLIP"),
+        ("vision_cfg", {"bogus": 1}, "model: got sizes of no CLIP"),
+        ("text_cfg", {"context_length": "x"}, "model.text: got 'x' for context_length, expected 3 to"),
+        ("text_cfg", {"heads": 3}, "model: got sizes of no CLIP"),
+        ("text_cfg", {"vocab_size": 10}, "model.text: got 10 for vocab_size, expected 49408, the tokenizer's"),
+    ],
+)
+def test_sizes_of_no_clip_are_refused_before_training(part: str, sizes: dict[str, Any], message: str) -> None:
+    check_new_model(TINY_CLIP)
+    with pytest.raises(InputError, match=f"^{message}"):
+        check_new_model(TINY_CLIP | {part: TINY_CLIP[part] | sizes})
+
+
+class Labelled:
+    """Data that says what its pictures are labelled with."""
+
+    def __init__(self, attributes: dict[str, list[str]] | None) -> None:
+        self.attributes = attributes
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        (None, "data.labels: got none, expected labels of a, b, as in here"),
+        ({"b": ["u", "v"], "a": ["x", "y"]}, "data.labels: got b, a, expected a, b, as in here"),
+        ({"a": ["x", "y"]}, "data.labels: got a, expected a, b, as in here"),
+        ({"a": ["y", "x"], "b": ["u", "v"]}, "data.labels: got y, x for a, expected x, y, in the order of here"),
+    ],
+)
+def test_labels_of_another_vocabulary_are_refused(attributes: dict[str, list[str]] | None, message: str) -> None:
+    vocabulary = {"a": ["x", "y"], "b": ["u", "v"]}
+    for good in (Labelled({**vocabulary, "c": ["s", "t"]}), object()):
+        check_labels_of(good, vocabulary, "here")
+    with pytest.raises(InputError, match=f"^{message}$"):
+        check_labels_of(Labelled(attributes), vocabulary, "here")
+
+
+def test_a_fit_asks_the_data_for_captions_and_labels(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    bare = CelebAHQDataModule(str(tmp_path), size=16, batch_size=1)
+    with pytest.raises(InputError, match=r"^data.caption_column: got none, expected the column of the captions"):
+        ClipModule(**{name.removesuffix("_cfg"): value for name, value in TINY_CLIP.items()}).check_data(bare)
+    with pytest.raises(InputError, match=r"^data.labels: got none, expected labels of gender, age, hair"):
+        ClassifierModule("faces", width=8).check_data(bare)
+    ClassifierModule("faces", width=8).check_data(tiny_faces())
+    labels = {name: dict.fromkeys(values, "x") for name, values in [*ATTRIBUTES.items(), ("more", ("a", "b"))]}
+    further = CelebAHQDataModule(str(tmp_path), size=16, batch_size=1, labels=labels)
+    with pytest.raises(InputError, match=r"^data.labels: got more, which model.vocabulary has not; leave it out$"):
+        ClassifierModule("faces", width=8).check_data(further)

@@ -491,8 +491,8 @@ def test_predict_counts_what_it_computed_again(
     """A U-Net whose gradient is lost in half precision, for the second of two pictures, gives float32's."""
     derivative = guidance._derivative
 
-    def lost(scores: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-        g = derivative(scores, at)
+    def lost(scores: torch.Tensor, at: torch.Tensor, retain_graph: bool) -> torch.Tensor:
+        g = derivative(scores, at, retain_graph)
         if module.unet.conv_in.weight.dtype != torch.float32:
             g[1] = torch.nan
         return g

@@ -14,6 +14,7 @@ from torch import Tensor
 import clipward
 from clipward.cli import main
 from clipward.datamodules.prompts import Dealt, PromptDataModule, Request
+from clipward.datamodules.sources import Folder
 from clipward.diffusion.denoiser import Prediction, add_noise, to_eps
 from clipward.diffusion.sampling import Inversion, KeepKnown, Noise, ancestral, ddim, sample
 from clipward.diffusion.schedule import Schedule, Step, time_travel
@@ -294,6 +295,7 @@ def test_processes_get_edits_of_one_kind_at_a_time_and_each_request_once(picture
         ("--init_image picture.png --outpaint 0.5 0 0 0", "outpaint: .* expected left \\+ right to be as much"),
         ("--init_image picture.png --mask picture.png --outpaint 0 0 .5 .5", "outpaint: got a mask too"),
         ("--init_image picture.png --invert --solver unipc", "invert: got unipc beside it"),
+        ("--init_image picture.png --invert --model.sampling.ddim false", "invert: got ddim false beside it"),
         ("--init_image picture.png --strength 0.001 --skip_type trailing", "strength: got 0.001, but no step begins"),
         ("--init_image picture.png --strength 0.2 --model.sampling.interval [0.5,1]", "sampling.interval: no step"),
     ],
@@ -404,6 +406,27 @@ def make_noisy(folder: Path) -> str:
     target = folder.parent / "noisy"
     save_folder(target, clip.model, TINY_CLIP, {"size": 16, **OPENAI_PREPROCESSING})
     return str(target)
+
+
+def test_flags_complete_the_edits_of_rows(tmp_path: Path, picture: str) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"text": "a", "init_image": picture}) + "\n")
+    (request,) = PromptDataModule(prompts=str(rows), n_samples=1, unguided=False, strength=0.25).requests
+    assert request.edit.strength == 0.25
+    for row, message in (
+        ({"text": "a"}, "strength: got no init"),
+        ({"init_image": ""}, "init_image: got an empty name"),
+    ):
+        rows.write_text(json.dumps({"text": "a"} | row) + "\n")
+        with pytest.raises(InputError, match=message):
+            list(PromptDataModule(prompts=str(rows), n_samples=1, strength=0.25).requests)
+
+
+def test_a_folder_whose_texts_have_other_line_breaks_is_read(picture: str, tmp_path: Path) -> None:
+    Image.open(picture).save(tmp_path / "0.png")
+    row = {"file_name": "0.png", "text": "a\u2028b\x85c"}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert Folder(tmp_path, "image").names == ["0.png"]
 
 
 @pytest.mark.parametrize("mode", ["F", "I"])

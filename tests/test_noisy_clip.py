@@ -9,6 +9,7 @@ from conftest import TINY_CLIP, metadata, randomise, tiny_faces, tiny_trainer
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from clipward.cli import main
+from clipward.datamodules.own_samples import OwnSamplesDataModule
 from clipward.errors import InputError
 from clipward.lightning_modules.noisy_clip import NoisyClipModule, alpha_bar_of, move_at_random, relational_loss
 from clipward.lightning_modules.optim import OptimConfig
@@ -82,7 +83,7 @@ def test_pictures_are_moved_each_on_its_own() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"relational": -1.0}, "model.relational: got -1.0, expected 0 or more"),
+        ({"relational": -1.0}, "model.relational: got -1.0, expected a finite number from 0 on"),
         ({"shift": 0.5}, "model.shift: got 0.5, expected 0 to below 0.5"),
     ],
 )
@@ -159,3 +160,19 @@ def test_the_celebahq_config_draws_with_a_clip_distilled_for_it(
     (noisy,), (bare,) = metadata(tmp_path / "a"), metadata(tmp_path / "b")
     assert (noisy["method"], bare["method"]) == ("contrastive", "contrastive_denoised")
     assert ["old", "young"] in [sorted(group) for group in noisy["contrasts"]]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"samples": 10**30}, "data.samples: got 1000000000000000000000000000000, expected a whole number from 1 to"),
+        ({"seed": -1}, "data.seed: got -1, expected a whole number from 0 to"),
+        ({"skip_steps": 0}, "data.skip_steps: got 0, expected a whole number from 1 to"),
+        ({"caption_column": "x"}, "data.caption_column: got 'x' for own samples, expected --data.path beside it"),
+        ({"first": 4}, "data.first: got 4 for own samples, expected --data.path beside it"),
+    ],
+)
+def test_settings_that_own_samples_have_not_are_refused_before_they_are_drawn(settings: dict, message: str) -> None:
+    with pytest.raises(InputError, match=f"^{message}"):
+        OwnSamplesDataModule(**settings)
+    OwnSamplesDataModule(path="x", caption_column="y", first=4)

@@ -53,6 +53,8 @@ def test_each_config_fits_and_saves(name: str, tmp_path: Path, tiny_clip: Path) 
         flags += ["--trainer.val_check_interval", "1", "--trainer.check_val_every_n_epoch", "1"]
     if name == "celebahq_noisy_clip":
         flags += ["--model.clip", str(tiny_clip), "--data.val_count", "0", "--trainer.precision", "32-true"]
+    if name in ("celebahq", "celebahq_finetune"):  # whose samples are guided by a CLIP that is downloaded
+        flags += ["--clip", str(tiny_clip)]
     if name == "celebahq":
         unet = {"channels": [32, 32, 32, 32, 32, 32], "attention_levels": [4]}
         flags += ["--model.network.image_size", "32", "--model.network.unet", json.dumps(unet)]

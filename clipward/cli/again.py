@@ -10,7 +10,7 @@ from typing import Any
 
 from clipward.cli.flags import FLAGS, MODEL_FLAGS, TRAINER_FLAGS
 from clipward.editing import EDIT_FIELDS, PICTURES, find_changed
-from clipward.errors import InputError, shorten
+from clipward.errors import InputError, list_names, shorten
 from clipward.values import MOST_SEED, describe, fits
 
 AGAIN, VARY = "again", "vary"
@@ -202,7 +202,7 @@ def read_record(path: Path, field: str) -> dict[str, Any]:
     if not record:
         what = "says nothing of how it was made" if is_file else "is no file"
         raise InputError(f"{field}: {shorten(path)} {what}; expected a picture that predict wrote, or its metadata")
-    missing = [name for name in NEEDED if name not in record]
+    missing = [name for name in NEEDED if record.get(name) is None]
     if missing:
         raise InputError(f"{field}: {shorten(path)} does not say its {missing[0]}; expected a picture of predict")
     return record
@@ -253,7 +253,7 @@ def differences(record: dict[str, Any]) -> list[str]:
 
     here = {"torch": version("torch"), "threads": torch.get_num_threads()}
     found = [
-        f"{name} {record[name]} there, {value} here"
+        f"{name} {list_names([record[name]])} there, {value} here"
         for name, value in here.items()
         if record.get(name, value) != value and not (name == "threads" and record["device"] != "cpu")
     ]

@@ -403,6 +403,8 @@ def check_free(host: str, port: int) -> None:
     """Raise :class:`InputError` where no server can listen at an address."""
     import socket
 
+    if not host:  # which would be all addresses
+        raise InputError(f"host: got nothing, expected an address, such as {OWN_HOST}")
     try:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -58,6 +58,12 @@ def convert(
     elif dry_run or private:
         name = "dry_run" if dry_run else "private"
         raise InputError(f"{name}: got no --push_to_hub beside it, expected USER/NAME to make the card for")
+    if half and to == "diffusers":
+        raise InputError(
+            "half: got true beside --to diffusers, expected --to safetensors; diffusers' folder is float32"
+        )
+    if "://" in target:
+        raise InputError(f"target: got {shorten(target)}, expected a file or a folder of this machine")
     path = Path(target)
     if not target:
         raise InputError("target: got an empty name, expected a file or a folder to write")

@@ -72,6 +72,7 @@ from clipward.files import check_writable
 from clipward.guidance.core import GuidanceError
 from clipward.guidance.methods import METHODS
 from clipward.guidance.models import GuidanceConfig, choose_method
+from clipward.lightning_modules.reproducible import Reproducible
 from clipward.sampling_config import SamplingConfig
 from clipward.yaml_files import read_mapping
 
@@ -212,6 +213,12 @@ class ClipwardCLI(LightningCLI):
             drawn = ("architecture", "current_model_state") if "sampling" in config.model.init_args else ()
             trained = TO_TRAIN if self.subcommand == "fit" else ()
             check_content(Path(config.ckpt_path), (*NEEDED, *drawn, *trained))
+            if drawn and self.subcommand != "fit":  # it says itself which network it is of
+                if config.get("weights") is not None:
+                    raise InputError(
+                        f"weights: got {shorten(config.weights)} beside ckpt_path, expected one of the two"
+                    )
+                config.model.init_args.weights, config.ckpt_path = config.ckpt_path, None
 
     def _check_places(self, config: Any) -> None:
         """All that will be written can be, and is not there yet, before anything is drawn or trained."""
@@ -362,7 +369,16 @@ class ClipwardCLI(LightningCLI):
             name = self.config[subcommand].model.class_path.rpartition(".")[2]
             raise InputError(f"ckpt_path: got a checkpoint of other tensors than {name} has; use its own") from error
 
+    def before_validate(self) -> None:
+        self._check_data()
+
+    def _check_data(self) -> None:
+        """What can be known before a logger writes: whether the data has what the model learns from."""
+        if isinstance(self.model, Reproducible):
+            self.model.check_data(self.datamodule)
+
     def before_fit(self) -> None:
+        self._check_data()
         logs = self._get(self.config_init, "trainer.logger.init_args.save_dir")
         if logs and Path(logs).is_dir() and self.trainer.is_global_zero:
             remove_unfinished(Path(logs))
@@ -382,6 +398,7 @@ class ClipwardCLI(LightningCLI):
         if next(iter(self.requests.predict_dataloader()), None) is not None:
             self.trainer.predict(**kwargs)
         elif self.trainer.is_global_zero and isinstance(self.callback, PredictionWriter):
+            self.callback.check_same_files()
             self.callback.finish()
 
     def before_test(self) -> None:

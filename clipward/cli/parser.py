@@ -2,14 +2,15 @@
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser, get_loader, set_dumper, set_loader
 
 from clipward.cli.messages import one_line
-from clipward.errors import InputError
-from clipward.yaml_files import UnsafeYAML, check_yaml, name_faulty_tags
+from clipward.errors import InputError, shorten
+from clipward.yaml_files import TOO_LARGE, UnsafeYAML, check_yaml, name_faulty_tags
 
 UNREAD = "\x00"  # before a value that is not to be read as YAML yet; no argument of a command line can hold it
 NESTED = re.compile(r"--(?:model|data)\.(?!help$|class_path$|dict_kwargs\.)[^=]+")
@@ -77,6 +78,10 @@ class OneLineParser(ArgumentParser):
             name = arg.partition("=")[0]
             if re.fullmatch(r"--\w+", name) and name not in self._option_string_actions:
                 self.error(f"unrecognized arguments: {name}")
+        for flag, arg in pairwise(["", *args]):
+            name, _, value = arg.rpartition("=")
+            if TOO_LARGE.fullmatch(value):
+                raise InputError(f"{(name or flag).lstrip('-')}: got {shorten(value)}, expected a number below 1e308")
 
     def parse_object(self, cfg_obj: Any, *more: Any, **options: Any) -> Any:
         """Parse settings that are in a collection already; the one of a flag may still be unread."""

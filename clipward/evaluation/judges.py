@@ -84,7 +84,7 @@ def load_judge(name: str | Path) -> Judge:
     if missing:
         raise InputError(f"judge: got {path}, which has no {missing[0]}; expected a CLIP's folder with one")
     vocabulary, prompts = load_vocabulary(path / JUDGE_FILE, "judge")
-    clip = Clip.load(str(name))
+    clip = Clip.load(str(name), "judge")
     try:
         return ClipJudge(clip, prompts, vocabulary)
     except InputError as error:  # a sentence that is too long

@@ -131,7 +131,7 @@ class GuidanceModels:
         name, wanted = self.config.noisy_clip, "expected one that configs/faces_noisy_clip.yaml makes"
         if name is None:
             raise InputError(f"noisy_clip: got none, {wanted}; the method looks at noisy pictures")
-        clip = self._load(name)
+        clip = self._load(name, "noisy_clip")
         if not clip.noise_aware:
             raise InputError(f"noisy_clip: got {name}, which has no noise level; {wanted}")
         return clip
@@ -148,9 +148,9 @@ class GuidanceModels:
             self._classifier = classifier
         return self._classifier
 
-    def _load(self, name: str) -> Clip:
+    def _load(self, name: str, field: str = "clip") -> Clip:
         if name not in self._clips:
-            clip = Clip.load(name)
+            clip = Clip.load(name, field)
             clip.checkpointing = self.checkpointing
             if self.compiled:
                 clip.model.visual.compile()

@@ -8,13 +8,22 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from clipward.errors import InputError, first_line
+from clipward.errors import InputError, first_line, shorten
 from clipward.files import atomic_write, check_state, locate, read_safetensors
 from clipward.networks.channels import to_rgb
 from clipward.networks.noise_level import NoiseConditionedConv, with_noise_level
 from clipward.networks.vocabulary import Vocabulary, check_vocabulary, find_attributes
 
 FORMAT = "clipward-classifier-1"
+GROUPS, MOST_WIDTH = 8, 4096  # of the channels of a norm, and channels of the first stage
+
+
+def check_width(width: int) -> None:
+    """Raise :class:`InputError` where it is no number of channels that the norms can group."""
+    if width % GROUPS or not GROUPS <= width <= MOST_WIDTH:
+        raise InputError(
+            f"model.width: got {shorten(width)}, expected a multiple of {GROUPS} from {GROUPS} to {MOST_WIDTH}"
+        )
 
 
 class Classifier(nn.Module):
@@ -35,8 +44,8 @@ class Classifier(nn.Module):
             wide = width * min(4, 2**stage)
             conv = nn.Conv2d(c, wide, 3, stride=2, padding=1)
             layers += [NoiseConditionedConv(conv) if noise_aware and stage == 0 else conv]
-            layers += [nn.GroupNorm(8, wide), nn.SiLU()]
-            layers += [nn.Conv2d(wide, wide, 3, padding=1), nn.GroupNorm(8, wide), nn.SiLU()]
+            layers += [nn.GroupNorm(GROUPS, wide), nn.SiLU()]
+            layers += [nn.Conv2d(wide, wide, 3, padding=1), nn.GroupNorm(GROUPS, wide), nn.SiLU()]
             c = wide
         self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Dropout(0.2))
         self.heads = nn.ModuleDict({name: nn.Linear(c * 16, len(values)) for name, values in vocabulary.items()})

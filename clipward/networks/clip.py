@@ -23,6 +23,10 @@ from clipward.values import fits
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
 LEVEL_FILE = "noise_level.safetensors"  # what makes it noise-aware
 MOST_LAYERS = 1000
+MOST_SIDE, MOST_TOKENS = 8192, 8192  # pixels of a picture's side, and tokens of a text
+MOST_FEATURES = 65536
+VOCABULARY = 49408  # tokens that CLIP's own encoder knows
+WHOLE = ("image_size", "patch_size", "width", "heads", "head_width", "context_length", "vocab_size")
 LEAST_STD = 1e-6  # of a picture's values, by which they are divided
 OPENAI_PREPROCESSING = {
     "mode": "RGB",
@@ -77,7 +81,7 @@ class Clip:
         self.checkpointing = False  # recompute activations in the backward pass instead of keeping them
 
     @classmethod
-    def load(cls, name: str) -> "Clip":
+    def load(cls, name: str, field: str = "clip") -> "Clip":
         """Load a pretrained model of open_clip.
 
         Args:
@@ -85,11 +89,22 @@ class Clip:
                 ``ARCHITECTURE/TAG``, such as ``ViT-B-32/openai``, which is downloaded; ``ARCHITECTURE/FILE`` for a file
                 of weights that were trained with OpenAI's mean and standard deviation; OpenAI's own ``.pt`` file, which
                 knows its architecture; or ``hf-hub:OWNER/NAME``.
+            field: the setting that names it, for errors.
 
         Raises:
             InputError: where there is no such model, or its weights can't be had or don't fit.
         """
+        try:
+            return cls._load(name)
+        except InputError as error:
+            raise InputError(f"{field}{str(error).removeprefix('clip')}") from error
+
+    @classmethod
+    def _load(cls, name: str) -> "Clip":
         import open_clip
+
+        if not name:
+            raise InputError("clip: got an empty name, expected a folder, a file or a name such as ViT-B-32/openai")
 
         folder, (architecture, _, rest) = locate(name.removeprefix("local-dir:")), name.partition("/")
         known = architecture in open_clip.list_models()
@@ -232,6 +247,13 @@ def _check_config(file: Path) -> None:
         layers = (model.get(part) or {}).get("layers", 1)
         if any(type(each) is int and each > MOST_LAYERS for each in (layers if isinstance(layers, list) else [layers])):
             raise InputError(f"clip: got {shorten(layers)} layers in {shorten(file)}, expected at most {MOST_LAYERS}")
+        for key in WHOLE:
+            value = (model.get(part) or {}).get(key, 1)
+            each = value if isinstance(value, list) and value else [value]
+            if not all(type(number) is int and 0 < number < 2**31 for number in each):
+                raise InputError(
+                    f"clip: got {shorten(value)} for {key} in {shorten(file)}, expected a whole number above 0"
+                )
     for key in ("mean", "std"):
         if key in pictures and not fits(tuple[float, float, float], pictures[key]):
             raise InputError(f"clip: got {shorten(pictures[key])} for {key} in {shorten(file)}, expected three numbers")
@@ -298,6 +320,32 @@ def new_model(model_cfg: dict[str, Any]) -> nn.Module:
     from open_clip import CLIP
 
     return put_tokens_first(CLIP(**model_cfg))
+
+
+def check_new_model(model_cfg: dict[str, Any]) -> None:
+    """Raise :class:`InputError` for sizes of which :func:`new_model` makes no CLIP that reads pictures and texts."""
+    size, length = model_cfg["vision_cfg"].get("image_size", 224), model_cfg["text_cfg"].get("context_length", 77)
+    vocabulary = model_cfg["text_cfg"].get("vocab_size", VOCABULARY)
+    sizes = size if isinstance(size, list | tuple) else [size]
+    if not all(type(each) is int and 0 < each <= MOST_SIDE for each in sizes):
+        raise InputError(f"model.vision: got {shorten(size)} for image_size, expected pixels from 1 to {MOST_SIDE}")
+    if type(length) is not int or not 3 <= length <= MOST_TOKENS:
+        raise InputError(f"model.text: got {shorten(length)} for context_length, expected 3 to {MOST_TOKENS} tokens")
+    if type(vocabulary) is not int or not VOCABULARY <= vocabulary <= 10 * VOCABULARY:
+        raise InputError(
+            f"model.text: got {shorten(vocabulary)} for vocab_size, expected {VOCABULARY}, the tokenizer's"
+        )
+    if not 0 < model_cfg["embed_dim"] <= MOST_FEATURES:
+        raise InputError(f"model.embed_dim: got {shorten(model_cfg['embed_dim'])}, expected 1 to {MOST_FEATURES}")
+    try:
+        with torch.device("meta"):
+            model: Any = new_model(model_cfg)
+            model.encode_image(torch.zeros(1, 3, *(sizes * 2)[:2]))
+            model.encode_text(torch.zeros(1, length, dtype=torch.long))
+    except Exception as error:  # whatever open_clip and torch say of sizes that don't go together
+        raise InputError(
+            f"model: got sizes of no CLIP ({first_line(error)}); mend embed_dim, vision or text"
+        ) from error
 
 
 def put_tokens_first(model: nn.Module) -> nn.Module:

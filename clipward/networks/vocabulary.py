@@ -1,10 +1,11 @@
 """The words that name attributes, and the sentences that ask for them."""
 
 import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
-from clipward.errors import InputError, shorten
+from clipward.errors import InputError, list_names, shorten
 from clipward.files import find_shipped, read_json
 from clipward.texts import split_text
 from clipward.values import fits
@@ -52,6 +53,39 @@ def check_vocabulary(vocabulary: Any) -> None:
         raise TypeError("attributes have values, which have lists of words")
     if not all(all(words) for values in vocabulary.values() for words in values.values()):
         raise TypeError("an empty word")
+
+
+@runtime_checkable
+class HasLabels(Protocol):
+    """Data whose pictures may have labels: the values of each attribute, in their order, or None without any."""
+
+    @property
+    def attributes(self) -> dict[str, list[str]] | None: ...
+
+
+def check_labels_of(data: Any, vocabulary: Mapping[str, Iterable[str]], setting: str) -> None:
+    """Check that labels are those of a vocabulary, since a network knows attributes and values by their places alone.
+
+    Args:
+        data: where it says nothing of its labels, nothing is checked.
+        vocabulary: the values of each attribute; the labels may have further attributes after these.
+        setting: which holds the vocabulary, for errors.
+
+    Raises:
+        InputError: where attributes or values are missing, or have another order.
+    """
+    if not isinstance(data, HasLabels) or not vocabulary:
+        return
+    wanted = {name: list(values) for name, values in vocabulary.items()}
+    if data.attributes is None:
+        raise InputError(f"data.labels: got none, expected labels of {list_names(wanted)}, as in {setting}")
+    names = list(data.attributes)
+    if names[: len(wanted)] != list(wanted):
+        raise InputError(f"data.labels: got {list_names(names)}, expected {list_names(wanted)}, as in {setting}")
+    for name, values in wanted.items():
+        if data.attributes[name] != values:
+            given, expected = list_names(data.attributes[name]), list_names(values)
+            raise InputError(f"data.labels: got {given} for {name}, expected {expected}, in the order of {setting}")
 
 
 def load_vocabulary(source: str | Path, field: str = "vocabulary") -> tuple[Vocabulary, Prompts]:

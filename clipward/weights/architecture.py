@@ -1,6 +1,7 @@
 """What must be known of a diffusion model, beside its parameters, to use it."""
 
 import json
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from clipward.files import check_state
 from clipward.networks.unet import UNet, UNetConfig
 from clipward.weights.fields import parse_dataclass
 
+DIGITS = re.compile(r"[0-9]{1,18}")
 MOST_PIXELS, MOST_TIMESTEPS = 2**14, 10**6  # a file may claim anything
 
 # fields that the first files did not have, whose defaults are what those files mean
@@ -97,10 +99,13 @@ class Architecture:
         count, names = self.unet.num_classes, self.class_names or ()
         if count is None:
             raise InputError(f"class_label: got {shorten(label)}, expected none, since the model knows no classes")
-        if str(label) in names:
+        if label in names:
             return names.index(str(label))
-        if str(label).isascii() and str(label).isdigit() and int(label) < count:
-            return int(label)
+        number = int(label) if isinstance(label, int) or DIGITS.fullmatch(label) else -1
+        if str(number) in names:
+            return names.index(str(number))
+        if 0 <= number < count:
+            return number
         known = f"one of {list_names(names)}, or a" if names else "a"
         raise InputError(f"class_label: got {shorten(label)}, expected {known} number from 0 to {count - 1}")
 

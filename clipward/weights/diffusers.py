@@ -158,7 +158,8 @@ def from_state(state: State, path: Path, head_channels: int | None = None) -> We
             _refuse_other_parts(_read_dictionary(place))
     config = _read_dictionary(folder / NETWORK_FILE)
     architecture = read_architecture(config, _read_dictionary(scheduler))
-    naming, sines_first = make_naming(len(architecture.unet.channels)), not config.get("flip_sin_to_cos", True)
+    flip = parse(bool, config.get("flip_sin_to_cos", True), f"flip_sin_to_cos in {NETWORK_FILE}")
+    naming, sines_first = make_naming(len(architecture.unet.channels)), not flip
     return Weights(architecture, remap_state(modernise_keys(state), architecture.unet, naming, sines_first))
 
 
@@ -285,7 +286,8 @@ def _invert(names: Mapping[str, str]) -> dict[str, str]:
 
 def _translate_word(scheduler: Mapping[str, Any], setting: str, names: Mapping[str, str], default: str | None) -> Any:
     """Our word for a setting's value, out of ``names`` by theirs; none where it has no value and no default."""
-    value = scheduler.get(setting) or default
+    given = scheduler.get(setting)
+    value = default if given is None else given
     ours = next((ours for theirs, ours in names.items() if theirs == value), None)
     if ours is None and value is not None:
         raise _refusal(setting, value, SCHEDULER_FILE, list_names(names))
