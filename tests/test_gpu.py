@@ -41,8 +41,8 @@ def test_a_step_that_half_precision_breaks_is_taken_in_float32(
 ) -> None:
     derivative = guidance._derivative
 
-    def lost(scores: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-        g = derivative(scores, at)
+    def lost(scores: torch.Tensor, at: torch.Tensor, retain_graph: bool) -> torch.Tensor:
+        g = derivative(scores, at, retain_graph)
         return g * torch.nan if torch.is_autocast_enabled("cuda") else g
 
     exact = draw(tmp_path, tiny_weights, tiny_clip)
