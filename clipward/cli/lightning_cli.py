@@ -61,6 +61,7 @@ from clipward.cli.messages import first_process
 from clipward.cli.own_samples import draw_own_samples
 from clipward.cli.parser import OneLineParser
 from clipward.cli.precision import AUTO, PRECISIONS, choose_precision
+from clipward.cli.run_folder import BEGUN, RunFolder
 from clipward.cli.settings import prepare, shipped
 from clipward.cli.trainer_values import check_trainer
 from clipward.datamodules.celebahq import CelebAHQDataModule
@@ -324,7 +325,7 @@ class ClipwardCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         if self.subcommand == "fit" and self._get(self.config_init, "trainer.logger") is not False:
             self.save_config_callback = LateSaveConfig
-            self.save_config_kwargs = {"config_filename": "config.fit.yaml"}
+            self.save_config_kwargs = {"config_filename": BEGUN}
         plugins = self._get(self.config_init, "trainer.plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
@@ -353,8 +354,13 @@ class ClipwardCLI(LightningCLI):
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
+        folder = RunFolder(self.trainer.loggers if self.trainer.is_global_zero else ())
         try:
-            super()._run_subcommand(subcommand)
+            try:
+                super()._run_subcommand(subcommand)
+            except (*MENDABLE, RuntimeError):
+                folder.remove_unbegun()
+                raise
         except (*MENDABLE, OSError, Stopped) as error:
             if isinstance(error, OSError) and error.filename is None:  # a full disk doesn't say where
                 error.filename = self.config[subcommand].get("save_dir")
