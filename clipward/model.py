@@ -32,7 +32,7 @@ MOST_SAMPLES = 1_000_000  # of each text, for a call holds all of its pictures; 
 
 
 class Model:
-    """A diffusion model and the models that guide it. :func:`load` makes one.
+    """A diffusion model and the models that guide it. :func:`load` makes one, for one thread at a time.
 
     Attributes:
         sampler: what draws; its ``config`` may be replaced.

@@ -149,6 +149,10 @@ class Folder:
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             message = f"{self.field}: got {shorten(self.path)}, whose {METADATA} can't be read ({first_line(error)})"
             raise InputError(message) from error
+        outside = next((name for name in names if os.path.isabs(name) or ".." in Path(name).parts), None)
+        if outside is not None:
+            reason = f"whose {METADATA} names {shorten(outside)}; expected files in it"
+            raise InputError(f"{self.field}: got {shorten(self.path)}, {reason}")
         return sorted(name for name in names if os.path.isfile(self.path / name))
 
     def __len__(self) -> int:

@@ -427,6 +427,12 @@ def test_a_folder_whose_texts_have_other_line_breaks_is_read(picture: str, tmp_p
     row = {"file_name": "0.png", "text": "a\u2028b\x85c"}
     (tmp_path / "metadata.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
     assert Folder(tmp_path, "image").names == ["0.png"]
+    for name in ("../0.png", "/0.png", "a/../../0.png"):
+        (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": name}) + "\n")
+        with pytest.raises(
+            InputError, match=r"^data.path: got .*, whose metadata.jsonl names .*; expected"
+        ):
+            Folder(tmp_path, "image")
 
 
 @pytest.mark.parametrize("mode", ["F", "I"])

@@ -73,6 +73,7 @@ KINDS: dict[str, Any] = {
     **dict.fromkeys(HASHES, str | None),
     "clips": tuple[str, ...],
     "clip_weights": tuple[float, ...] | None,
+    "contrasts": tuple[tuple[str, ...], ...] | None,
     "interval": tuple[float, float] | None,
     "outpaint": tuple[float, float, float, float] | None,
     "class_label": str | int | None,
