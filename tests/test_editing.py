@@ -429,9 +429,7 @@ def test_a_folder_whose_texts_have_other_line_breaks_is_read(picture: str, tmp_p
     assert Folder(tmp_path, "image").names == ["0.png"]
     for name in ("../0.png", "/0.png", "a/../../0.png"):
         (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": name}) + "\n")
-        with pytest.raises(
-            InputError, match=r"^data.path: got .*, whose metadata.jsonl names .*; expected"
-        ):
+        with pytest.raises(InputError, match=r"^data.path: got .*, whose metadata.jsonl names .*; expected"):
             Folder(tmp_path, "image")
 
 
