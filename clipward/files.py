@@ -255,12 +255,12 @@ def check_archive(path: Path, field: str) -> None:
     """
     if path.exists() and not path.is_file():
         raise InputError(f"{field}: got {shorten(path)}, which is no regular file; expected one")
-    if not zipfile.is_zipfile(path):
-        return
     try:
+        if not zipfile.is_zipfile(path):
+            return
         with zipfile.ZipFile(path) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile) as error:
         raise InputError(f"{field}: {shorten(path)} is a damaged archive ({first_line(error)})") from error
     if size > 1.5 * path.stat().st_size + 2**20:
         raise InputError(f"{field}: {shorten(path)} would unpack to {size >> 20} MiB; expected a file by torch.save")
