@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from numbers import Real
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from clipward.errors import InputError, shorten
 from clipward.pictures import UnreadablePicture, read_picture, size_of, to_png
-from clipward.values import MOST_WEIGHT
+from clipward.values import is_number
 
 Source = str | bytes  # a file's path, or what a file holds
 State = tuple[int, int] | None  # when a file was last changed, and its size
@@ -72,7 +71,7 @@ class Edit:
             if self.mask is not None:
                 raise InputError("outpaint: got a mask too, expected one of the two")
         strength = (MASKED_STRENGTH if self.masked else STRENGTH) if self.strength is None else self.strength
-        if not _is_number(strength) or not 0 <= strength <= 1:
+        if not is_number(strength) or not 0 <= strength <= 1:
             raise InputError(f"strength: got {shorten(strength)}, expected a number from 0 to 1")
         object.__setattr__(self, "strength", float(strength))
 
@@ -178,7 +177,7 @@ def check_outpaint(value: Any) -> tuple[float, ...]:
         InputError: where they are not, or leave no place for the picture.
     """
     shares = list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes) else []
-    if len(shares) != 4 or not all(_is_number(share) and 0 <= share < 1 for share in shares):
+    if len(shares) != 4 or not all(is_number(share) and 0 <= share < 1 for share in shares):
         raise InputError(
             f"outpaint: got {shorten(value)}, expected four shares from 0 to below 1: left top right bottom"
         )
@@ -202,13 +201,6 @@ def find_changed(record: dict[str, Any]) -> str | None:
         if there is not None and isinstance(source, str) and os.path.isfile(source) and hash_source(source) != there:
             return name
     return None
-
-
-def _is_number(value: Any) -> bool:
-    if not isinstance(value, Real) or isinstance(value, bool):
-        return False
-    number: Any = value
-    return bool(-MOST_WEIGHT <= number <= MOST_WEIGHT)  # a whole number may be too large for a float
 
 
 def _read(field: str, source: Any, size: tuple[int, int], channels: int, reports: bool = False) -> Tensor:

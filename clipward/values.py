@@ -124,7 +124,12 @@ def check_weight(value: Any) -> float:
     """
     if type(value) is float and abs(value) <= MOST_WEIGHT:
         return value
-    is_number = isinstance(value, Real) and not isinstance(value, bool)
-    if is_number and abs(value) <= MOST_WEIGHT:
+    if is_number(value):
         return float(value)
     raise InputError(f"guidance_weight: got {shorten(value)}, expected a finite number from -1e38 to 1e38")
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite number of float32; a whole number may be too large for that, and true is none."""
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    return real and bool(abs(value) <= MOST_WEIGHT)

@@ -67,6 +67,7 @@ class OneLineParser(ArgumentParser):
         """Parse; only the parser that knows the type of a setting inside of another reads its value."""
         if args is not None:
             self._check_names(args)
+            self._check_numbers(args)
             args = keep_unread(args) if self.exit_on_error else [arg.replace(UNREAD, "", 1) for arg in args]
         return super().parse_args(args, *more, **options)
 
@@ -78,6 +79,10 @@ class OneLineParser(ArgumentParser):
             name = arg.partition("=")[0]
             if re.fullmatch(r"--\w+", name) and name not in self._option_string_actions:
                 self.error(f"unrecognized arguments: {name}")
+
+    @staticmethod
+    def _check_numbers(args: Sequence[str]) -> None:
+        """Raise :class:`InputError` for a number that no float holds."""
         for flag, arg in pairwise(["", *args]):
             name, _, value = arg.rpartition("=")
             if TOO_LARGE.fullmatch(value):

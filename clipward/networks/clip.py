@@ -97,6 +97,8 @@ class Clip:
         try:
             return cls._load(name)
         except InputError as error:
+            if not str(error).startswith("clip:"):
+                raise
             raise InputError(f"{field}{str(error).removeprefix('clip')}") from error
 
     @classmethod
