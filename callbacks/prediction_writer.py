@@ -176,7 +176,7 @@ class PredictionWriter(BasePredictionWriter):
                 self._take_lock()
             if requests.done:
                 self._check_same_weights(provenance)
-                self.check_same_files()
+                self._check_same_files()
 
     def _begin(self, requests: HasDone) -> None:
         """Prepare the folder for this command's pictures. Only one process does, and the others wait."""
@@ -216,7 +216,7 @@ class PredictionWriter(BasePredictionWriter):
                     "use another folder"
                 )
 
-    def check_same_files(self) -> None:
+    def _check_same_files(self) -> None:
         """Raise :class:`InputError` where a file that finished pictures were made from has changed."""
         for row in self.gallery.rows():
             name = find_changed(row)

@@ -210,11 +210,15 @@ class Dealt(IterableDataset):
         """Batches.
 
         Raises:
-            TypeError: for a stream, and for rows with edits of several kinds, which don't know it.
+            TypeError: for a stream, and for rows with edits of several kinds, which don't know it; and where all is
+                done, for Lightning would then skip the hooks that look at the folder.
         """
         if not isinstance(self.requests, Sized) or self.kinds > 1:
             raise TypeError("a stream has no length")
-        return -(-(len(self.requests) - len(self.done)) // (self.micro_batch * self.world))
+        left = len(self.requests) - len(self.done)
+        if not left:
+            raise TypeError("nothing is left")
+        return -(-left // (self.micro_batch * self.world))
 
 
 def _check_count(name: str, value: Any, other: str = "") -> int:

@@ -1,7 +1,10 @@
 """The command line as a person uses it, on a model that takes no time."""
 
+import errno
 import json
 import os
+import shutil
+import struct
 import subprocess
 import sys
 from dataclasses import replace
@@ -182,6 +185,26 @@ def test_fit_logs_saves_and_resumes_and_predict_takes_what_it_saved(config: str,
     assert len(hashes) == 1
 
 
+def test_a_finished_folder_notices_that_its_models_have_changed(
+    config: str, tiny_weights: Path, tiny_clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    weights, clip = tmp_path / "ddpm.safetensors", tmp_path / "clip"
+    shutil.copy(tiny_weights, weights)
+    shutil.copytree(tiny_clip, clip)
+    flags = [*("--weights", str(weights), "--clip", str(clip), "--text", "a man")]
+    for _ in range(2):
+        predict(config, tmp_path / "x", *flags, "--n_samples", "1")
+    assert "2 are there already" in " ".join(capsys.readouterr().out.split())
+    before = {path.name: path.read_bytes() for path in (tmp_path / "x").iterdir()}
+    for path, field in ((clip / "open_clip_model.safetensors", "clip"), (weights, "weights")):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-4] + struct.pack("<f", 0.5))
+        with pytest.raises(SystemExit, match=f"holds pictures of other weights .{field}_hash: .*use another folder"):
+            predict(config, tmp_path / "x", *flags, "--n_samples", "1")
+        path.write_bytes(whole)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "x").iterdir()} == before
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -300,6 +323,14 @@ def test_convert_writes_what_weights_takes_and_diffusers_opens(
         main(["convert", str(tmp_path / "none.pt"), str(tmp_path / "y")])
     with pytest.raises(SystemExit, match="error: schedule: got 'log', expected one of linear"):
         main(["convert", str(file), str(tmp_path / "y"), "--schedule", "log"])
+    for known in (file, folder):
+        for flag, other in (("schedule", "cosine"), ("parametrisation", "v"), ("image_size", "32")):
+            with pytest.raises(SystemExit, match=f"{flag}: got {other}, but .* says [a-z0-9]+; leave it out"):
+                main(["convert", str(known), str(tmp_path / "y"), f"--{flag}", other])
+        with pytest.raises(SystemExit, match=r"head_channels: got 8, but .* says None; leave it out"):
+            main(["convert", str(known), str(tmp_path / "y"), "--head_channels", "8"])
+    assert not (tmp_path / "y").exists()
+    main(["convert", str(file), str(tmp_path / "y"), "--schedule", "linear", "--image_size", "16"])
 
 
 def test_a_missing_guidance_model_is_named_before_anything_is_written(config: str, tmp_path: Path) -> None:
@@ -365,6 +396,31 @@ def test_an_output_that_ends_early_is_no_traceback(command: str, said: str) -> N
 def test_a_name_that_is_no_utf8_is_named(args: list[str]) -> None:
     with pytest.raises(SystemExit, match=r"^error: weights: got '[^']*udcff', which is not UTF-8; rename it$"):
         main(["predict", *args])
+
+
+@pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"])
+@pytest.mark.parametrize("given", ["x", "", "-1"])
+def test_a_rank_that_is_no_number_is_named(name: str, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, given)
+    with pytest.raises(SystemExit, match=f"^error: {name}: got '{given}' in the environment, expected a whole number"):
+        main(["predict"])
+
+
+def test_a_working_folder_that_is_gone_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(SystemExit, match=r"^error: the working folder is gone; change to one that is there$"):
+        main(["predict", "--help"])
+
+
+def test_only_a_lost_reader_of_the_output_ends_in_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise BrokenPipeError(errno.EPIPE, "of a socket")
+
+    monkeypatch.setattr("clipward.cli.run", fail)
+    with pytest.raises(BrokenPipeError):
+        main(["predict"])
 
 
 def test_a_terminal_of_ascii_is_written_to() -> None:

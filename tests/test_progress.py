@@ -41,7 +41,11 @@ def test_the_screens_say_what_runs_and_where_all_lies(
         assert str(tmp_path / "x" / name) in said.out
     assert "%" not in said.err  # the config shows no progress
     predict(config, tmp_path / "x", *flags)
-    assert said.out.rpartition("\n\n")[2] == capsys.readouterr().out  # nothing was left to do
+    again = capsys.readouterr()
+    assert again.out.rpartition("\n\n")[2] == said.out.rpartition("\n\n")[2]
+    assert "pictures   0, " in again.out  # nothing was left to do
+    assert "9 are there already" in " ".join(again.out.split())
+    assert not again.err
     predict(config, tmp_path / "y", "--guidance_weight", "0")
     assert "none, unguided" in capsys.readouterr().out
 

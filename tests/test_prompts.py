@@ -123,7 +123,11 @@ def test_every_request_is_dealt_once_and_no_process_gets_out_of_step(count: int,
     sizes = [[len(batch["index"]) for batch in share] for share in shares]
     assert all(size == sizes[0] for size in sizes)
     assert all(size <= micro_batch for size in sizes[0])
-    assert len(Dealt(requests, micro_batch, done, 0, world)) == len(sizes[0])
+    if len(done) < count:
+        assert len(Dealt(requests, micro_batch, done, 0, world)) == len(sizes[0])
+    else:  # Lightning must not take it for a loader that it may skip
+        with pytest.raises(TypeError, match="nothing is left"):
+            len(Dealt(requests, micro_batch, done, 0, world))
     valid = [
         i for share in shares for batch in share for i, ok in zip(batch["index"], batch["valid"], strict=True) if ok
     ]

@@ -5,13 +5,14 @@ Lightning takes seconds to import, so only a command that runs imports it.
 
 import errno
 import os
+import select
 import signal
 import sys
 from collections.abc import Sequence
 from io import TextIOWrapper
 
 from clipward.cli.help import COMMANDS, overview, short_help
-from clipward.cli.messages import finish, reports
+from clipward.cli.messages import RANKS, finish, reports
 from clipward.errors import InputError, shorten
 
 HELP = {"-h", "--help"}
@@ -24,18 +25,39 @@ def main(args: Sequence[str] | None = None) -> None:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal of ASCII shows "?" in place of what it can't
     try:
+        check_surroundings()
         check_encoding(given)
         run(given)
         print(end="", flush=True)
     except InputError as error:
         sys.exit(f"error: {finish(str(error), given)}" if reports() else 1)
     except OSError as error:
-        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+        if error.errno != errno.ENOSPC and not (error.errno == errno.EPIPE and has_lost_reader()):
             raise
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # what is left of the output has nowhere to go
         if error.errno == errno.EPIPE:  # its reader has ended, as `head` does
             sys.exit(128 + signal.SIGPIPE)
         sys.exit(f"error: {error.filename or 'the output'}: no space is left on the device")
+
+
+def has_lost_reader() -> bool:
+    """Whether stdout or stderr is a pipe that nobody reads."""
+    outputs = select.poll()
+    for number in (1, 2):
+        outputs.register(number, 0)
+    return any(event & select.POLLERR for _, event in outputs.poll(0))
+
+
+def check_surroundings() -> None:
+    """Raise :class:`InputError` for what no library bears: no working folder, and a rank that is no number."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise InputError("the working folder is gone; change to one that is there") from error
+    for name in RANKS:
+        given = os.environ.get(name, "0")
+        if not given.isdecimal():
+            raise InputError(f"{name}: got {shorten(given)} in the environment, expected a whole number, or none")
 
 
 def check_encoding(args: Sequence[str]) -> None:

@@ -72,9 +72,17 @@ def convert(
         raise InputError(f"target: {target} exists; use another name")
     if head_channels is not None and head_channels < 1:
         raise InputError(f"head_channels: got {head_channels}, expected 1 or more")
+    settings: dict[str, Any] = {"image_size": image_size, "schedule": schedule, "parametrisation": parametrisation}
     weights = load_weights(source, use_ema, head_channels)
-    given: dict[str, Any] = {"image_size": image_size, "schedule": schedule, "parametrisation": parametrisation}
-    architecture = replace(weights.architecture, **{name: value for name, value in given.items() if value is not None})
+    said, given = weights.architecture, {name: value for name, value in settings.items() if value is not None}
+    architecture = replace(said, **given)
+    for name, value in given.items():
+        if name not in weights.assumed and replace(said, **{name: value}) != said:
+            raise InputError(f"{name}: got {value}, but {shorten(source)} says {getattr(said, name)}; leave it out")
+    if head_channels not in (None, said.unet.head_channels):
+        raise InputError(
+            f"head_channels: got {head_channels}, but {shorten(source)} says {said.unet.head_channels}; leave it out"
+        )
     weights = Weights(architecture, weights.state)
     if push_to_hub is not None and not dry_run:
         check_login()

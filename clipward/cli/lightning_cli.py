@@ -400,13 +400,6 @@ class ClipwardCLI(LightningCLI):
         if self.again.hashes.get("clip_hash"):  # the picture is made again with all that its record says
             self.model.models.load(None)
 
-    def predict(self, **kwargs: Any) -> None:
-        if next(iter(self.requests.predict_dataloader()), None) is not None:
-            self.trainer.predict(**kwargs)
-        elif self.trainer.is_global_zero and isinstance(self.callback, PredictionWriter):
-            self.callback.check_same_files()
-            self.callback.finish()
-
     def before_test(self) -> None:
         self.datamodule = self.requests
 

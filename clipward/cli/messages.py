@@ -159,4 +159,4 @@ def reports() -> bool:
 
 
 def first_process() -> bool:
-    return all(os.environ.get(rank, "0") == "0" for rank in RANKS)
+    return not any(os.environ.get(rank, "0").lstrip("0").isdecimal() for rank in RANKS)

@@ -74,6 +74,7 @@ class Architecture:
             raise InputError(f"num_timesteps: got {given}, expected 1 to {MOST_TIMESTEPS}")
         if not all(0 < beta < 1 for beta in self.betas) or self.betas[0] > self.betas[1]:
             raise InputError(f"betas: got {shorten(list(self.betas))}, expected two rising numbers between 0 and 1")
+        self.noise_schedule()  # which has its own demands
         if self.class_names is not None and len(self.class_names) != (self.unet.num_classes or 0):
             raise InputError(
                 f"unet.num_classes: got {self.unet.num_classes}, expected {len(self.class_names)}, for the classes "
@@ -138,10 +139,17 @@ class Architecture:
 
 @dataclass(frozen=True)
 class Weights:
-    """A U-Net's parameters by name, and what they are the parameters of."""
+    """A U-Net's parameters by name, and what they are the parameters of.
+
+    Args:
+        architecture: of the network.
+        state: tensors by our names.
+        assumed: what the source doesn't say, and ``architecture`` has by its family's custom.
+    """
 
     architecture: Architecture
     state: dict[str, Tensor]
+    assumed: frozenset[str] = frozenset()
 
     def check(self) -> None:
         """Raise :class:`InputError` where the parameters are not those of the architecture; this takes no memory."""

@@ -160,7 +160,8 @@ def from_state(state: State, path: Path, head_channels: int | None = None) -> We
     architecture = read_architecture(config, _read_dictionary(scheduler))
     flip = parse(bool, config.get("flip_sin_to_cos", True), f"flip_sin_to_cos in {NETWORK_FILE}")
     naming, sines_first = make_naming(len(architecture.unet.channels)), not flip
-    return Weights(architecture, remap_state(modernise_keys(state), architecture.unet, naming, sines_first))
+    ours = remap_state(modernise_keys(state), architecture.unet, naming, sines_first)
+    return Weights(architecture, ours, frozenset({"image_size"} if config.get("sample_size") is None else ()))
 
 
 def read_architecture(network: Mapping[str, Any], scheduler: Mapping[str, Any]) -> Architecture:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clipward.weights.architecture import Architecture, Weights
-from clipward.weights.keys import Naming, State, count_keys, infer_config, remap_state
+from clipward.weights.keys import UNSAID, Naming, State, count_keys, infer_config, remap_state
 
 NAME = "openai/guided-diffusion"
 FAMILY = {"norm_eps": 1e-5, "downsample_padding": 1, "freq_shift": 0}
@@ -43,7 +43,8 @@ def from_state(state: State, path: Path, head_channels: int | None = None) -> We
     attended = [i for i in range(levels) if f"input_blocks.{1 + i * (num_res_blocks + 1)}.1.qkv.weight" in state]
     naming = make_naming(levels, num_res_blocks, attended)
     unet = infer_config(state, naming, **FAMILY, head_channels=head_channels or 64)
-    return Weights(Architecture(unet, 8 * 2 ** (levels - 1)), remap_state(state, unet, naming, sines_first=False))
+    ours = remap_state(state, unet, naming, sines_first=False)
+    return Weights(Architecture(unet, 8 * 2 ** (levels - 1)), ours, UNSAID)
 
 
 def make_naming(levels: int, num_res_blocks: int, attended: Sequence[int]) -> Naming:

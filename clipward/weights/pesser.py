@@ -6,7 +6,7 @@ A state does not say its schedule, which is the published one: linear β from 1e
 from pathlib import Path
 
 from clipward.weights.architecture import Architecture, Weights
-from clipward.weights.keys import Naming, State, count_keys, infer_config, infer_image_size, remap_state
+from clipward.weights.keys import UNSAID, Naming, State, count_keys, infer_config, infer_image_size, remap_state
 
 NAME = "pesser/pytorch_diffusion"
 FAMILY = {"norm_eps": 1e-6, "head_channels": None, "downsample_padding": 0, "freq_shift": 1}
@@ -25,7 +25,7 @@ def from_state(state: State, path: Path, head_channels: int | None = None) -> We
     """
     naming = make_naming(count_keys(state, "down.{}.block.0.conv1.weight"))
     unet = infer_config(state, naming, **FAMILY | ({"head_channels": head_channels} if head_channels else {}))
-    return Weights(Architecture(unet, infer_image_size(unet)), remap_state(state, unet, naming))
+    return Weights(Architecture(unet, infer_image_size(unet)), remap_state(state, unet, naming), UNSAID)
 
 
 def make_naming(levels: int) -> Naming:

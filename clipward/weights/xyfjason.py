@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clipward.weights.architecture import Architecture, Weights
-from clipward.weights.keys import Naming, State, count_keys, infer_config, infer_image_size, remap_state
+from clipward.weights.keys import UNSAID, Naming, State, count_keys, infer_config, infer_image_size, remap_state
 
 NAME = "xyfjason"
 FAMILY = {"norm_eps": 1e-5, "downsample_padding": 1, "freq_shift": 1}
@@ -38,7 +38,7 @@ def from_state(state: State, path: Path, head_channels: int | None = None) -> We
     num_res_blocks = sum(name.startswith("down_blocks.0.") and name.endswith(".blk1.0.weight") for name in state)
     naming = make_naming(levels, num_res_blocks, attended)
     unet = infer_config(state, naming, **FAMILY, head_channels=head_channels)
-    return Weights(Architecture(unet, infer_image_size(unet)), remap_state(state, unet, naming))
+    return Weights(Architecture(unet, infer_image_size(unet)), remap_state(state, unet, naming), UNSAID)
 
 
 def make_naming(levels: int, num_res_blocks: int, attended: Sequence[int]) -> Naming:
