@@ -1,7 +1,9 @@
 """Guided sampling in Python: ``clipward.load("faces64").sample(["an old man with a smile"])``."""
 
 import os
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -32,7 +34,9 @@ MOST_SAMPLES = 1_000_000  # of each text, for a call holds all of its pictures; 
 
 
 class Model:
-    """A diffusion model and the models that guide it. :func:`load` makes one, for one thread at a time.
+    """A diffusion model and the models that guide it. :func:`load` makes one.
+
+    Threads may share it: their calls of :meth:`sample` run one after another.
 
     Attributes:
         sampler: what draws; its ``config`` may be replaced.
@@ -40,6 +44,7 @@ class Model:
 
     def __init__(self, sampler: Sampler) -> None:
         self.sampler = sampler
+        self._lock = threading.RLock()
 
     @property
     def network(self) -> UNet:
@@ -125,12 +130,8 @@ class Model:
         check_names(settings, SamplingConfig, Edit)
         given = {name: value for name, value in settings.items() if name in editing}
         edit = Edit(**given) if given else None
-        before, models = self.sampler.config, self.sampler.models
-        guidance = models.config
-        self.sampler.config = replace(before, **{name: settings[name] for name in sampling if name in settings})
-        if negative_text is not None:
-            models.config = replace(guidance, negative_text=negative_text)
-        try:
+        own = {name: settings[name] for name in sampling if name in settings}
+        with self._lock, self._configured(own, negative_text):
             weight = self.sampler.method.weight if guidance_weight is None else check_weight(guidance_weight)
             requests = [
                 (sentence, each, weight if sentence or "image_prompt" in given else 0.0)
@@ -148,10 +149,21 @@ class Model:
                 self._draw(requests[start : start + MICRO_BATCH], progress, callback, edit)
                 for start in range(0, len(requests), MICRO_BATCH)
             ]
-        finally:
-            self.sampler.config, models.config = before, guidance
         image = torch.cat(images)
         return image if return_tensors else [to_picture(each) for each in image]
+
+    @contextmanager
+    def _configured(self, sampling: dict[str, Any], negative_text: str | None) -> Iterator[None]:
+        """Some settings of the sampler, for the calls within."""
+        models = self.sampler.models
+        before, guidance = self.sampler.config, models.config
+        self.sampler.config = replace(before, **sampling)
+        if negative_text is not None:
+            models.config = replace(guidance, negative_text=negative_text)
+        try:
+            yield
+        finally:
+            self.sampler.config, models.config = before, guidance
 
     def _draw(
         self, requests: list[tuple[str, int, float]], progress: bool, callback: Watch | None, edit: Edit | None

@@ -153,7 +153,7 @@ class Folder:
         if outside is not None:
             reason = f"whose {METADATA} names {shorten(outside)}; expected files in it"
             raise InputError(f"{self.field}: got {shorten(self.path)}, {reason}")
-        return sorted(name for name in names if os.path.isfile(self.path / name))
+        return sorted(set(names))
 
     def __len__(self) -> int:
         return len(self.names)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from clipward.networks.clip import (
     Clip,
     check_new_model,
     contrastive_loss,
+    count_tokens,
     make_noise_aware,
     new_model,
     new_tokenizer,
@@ -81,6 +83,7 @@ class ClipModule(Reproducible):
         if clip is None:
             check_new_model(self.model_cfg)
         self.model: torch.nn.Module | None = None
+        self._has_cut = False  # a caption
 
     def configure_model(self) -> None:
         if self.model is not None:
@@ -109,12 +112,23 @@ class ClipModule(Reproducible):
         self.contrastive_loss = contrastive_loss(self.global_rank, self.trainer.world_size)
 
     def features(self, batch: dict[str, Any], image: Tensor, alpha_bar: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+        self._check_lengths(batch["caption"])
         tokens = self.tokenizer(batch["caption"]).to(self.device)
         pixels = preprocess(image, self.preprocess_cfg)
         if self.noise_aware:
             pixels = with_noise_level(pixels, alpha_bar)
         image_features = F.normalize(self.model.encode_image(pixels).float(), dim=-1)
         return image_features, F.normalize(self.model.encode_text(tokens).float(), dim=-1)
+
+    def _check_lengths(self, captions: list[str]) -> None:
+        """Warn of the first caption that is cut, as CLIPs are trained with what fits of a long one."""
+        context = self.tokenizer.context_length
+        long = next((each for each in captions if count_tokens(self.tokenizer, each) > context), None)
+        if long is not None and not self._has_cut:
+            self._has_cut = True
+            rank_zero_warn(
+                f"data.caption_column: {shorten(long)}, and perhaps others, is cut to the CLIP's {context} tokens"
+            )
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         image, alpha_bar = degrade(batch["image"], self.max_noise, self.blur), 1.0

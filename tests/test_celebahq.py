@@ -137,6 +137,24 @@ def corners(picture: Tensor) -> list[tuple[int, ...]]:
 
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_picture_that_metadata_names_and_that_is_not_there_is_named(tmp_path: Path, strict: bool) -> None:
+    Pillow.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    lines = "".join(f'{{"file_name": "{name}.png"}}\n' for name in ("0", "gone", "0"))
+    (tmp_path / "metadata.jsonl").write_text(lines)
+    data = CelebAHQDataModule(str(tmp_path), size=16, batch_size=1, strict=strict)
+    message = r"data.path: 1 of 2 can't be read as pictures: gone.png \(there is no such file"
+    if strict:
+        with pytest.raises(InputError, match=message):
+            data.setup("fit")
+    else:
+        with pytest.warns(UserWarning, match=message):
+            data.setup("fit")
+        assert len(data.train_set) == 1
+
+
 QUARTERS = Pillow.fromarray(np.array([[RED, GREEN], [BLUE, WHITE]], dtype=np.uint8)).resize((16, 16), 0)
 TURNED = {  # how a camera stored the upright picture, by its EXIF orientation
     1: None,

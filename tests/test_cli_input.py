@@ -349,6 +349,13 @@ def test_other_modules_keep_their_names() -> None:
             "convert clipward:faces64 /proc/x",
             "target: got '/proc/x', expected a file that can be written (No such file or directory)",
         ),
+        ("predict --seed 1:30", "seed: got '1:30', expected a plain number"),
+        ("predict --text a --guidance_weight 5 1:30", "guidance_weight: got '1:30', expected a plain number"),
+        (
+            "predict --model.sampling.skip_steps 1:30",
+            "model.sampling.skip_steps: got '1:30', expected a plain number",
+        ),
+        ("predict --model.sampling.skip_steps=1:30", "model.sampling.skip_steps: got '1:30', expected a plain number"),
         ("convert clipward:faces64 x --head_channels 0", "head_channels: got 0, expected 1 or more"),
         ("convert clipward:faces64 x --head_channels -4", "head_channels: got -4, expected 1 or more"),
         ("convert", "source: got none, expected a value"),

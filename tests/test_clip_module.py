@@ -158,6 +158,18 @@ def test_labels_of_another_vocabulary_are_refused(attributes: dict[str, list[str
         check_labels_of(Labelled(attributes), vocabulary, "here")
 
 
+def test_the_first_caption_that_is_cut_is_named_once(recwarn: pytest.WarningsRecorder) -> None:
+    module = ClipModule(**{name.removesuffix("_cfg"): value for name, value in TINY_CLIP.items()})
+    module.configure_model()
+    image, fits, long = torch.zeros(2, 3, 16, 16), "man " * 14, "man " * 15
+    module.features({"caption": [fits, fits]}, image)
+    assert not recwarn.list
+    for _ in range(2):
+        module.features({"caption": [fits, long]}, image)
+    said = [str(each.message) for each in recwarn.list]
+    assert said == [f"data.caption_column: {long!r}, and perhaps others, is cut to the CLIP's 16 tokens"]
+
+
 def test_a_fit_asks_the_data_for_captions_and_labels(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
     bare = CelebAHQDataModule(str(tmp_path), size=16, batch_size=1)

@@ -2,6 +2,7 @@
 
 import re
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,20 @@ def test_a_call_may_have_settings_of_its_own(tiny_weights: Path, tiny_clip: Path
     assert len(model.sample(n_samples=2)) == 2
     assert len(model.schedule) == 100
     assert model.network(torch.zeros(1, 3, 16, 16), torch.zeros(1)).shape == (1, 3, 16, 16)
+
+
+def test_threads_may_share_a_model(tiny_weights: Path, tiny_clip: Path) -> None:
+    model = clipward.load(tiny_weights, clip=str(tiny_clip))
+    calls = [{"skip_steps": steps, "negative_text": unwanted} for steps in (2, 3, 4) for unwanted in (None, "a hat")]
+
+    def draw(settings: dict) -> torch.Tensor:
+        return model.sample(TEXT, n_samples=2, return_tensors=True, **settings)
+
+    alone = [draw(settings) for settings in calls]
+    with ThreadPoolExecutor(len(calls)) as threads:
+        together = list(threads.map(draw, calls))
+    assert all(map(torch.equal, together, alone))
+    assert not any(torch.equal(alone[0], other) for other in alone[1:])
 
 
 def test_a_model_that_fit_made(tmp_path: Path, tiny_clip: Path) -> None:

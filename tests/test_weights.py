@@ -387,6 +387,11 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, half: bool) -> 
         ({"num_timesteps": 10**12}, "num_timesteps: got 1000000000000, expected 1 to 1000000"),
         ({"betas": (-0.1, 0.02)}, r"betas: got \[-0.1, 0.02\], expected two rising numbers between 0 and 1"),
         ({"betas": (0.5, 0.1)}, "betas: got"),
+        (
+            {"betas": (0.9, 0.99)},
+            r"betas: got \[0.9, 0.99\] with num_timesteps 1000; alpha_bar: expected",
+        ),
+        ({"betas": (1e-300, 1e-299)}, r"betas: got .* with num_timesteps 1000; alpha_bar: expected"),
         ({"betas": (0.5, float("nan"))}, "betas: got"),
     ],
 )

@@ -14,6 +14,7 @@ from clipward.yaml_files import TOO_LARGE, UnsafeYAML, check_yaml, name_faulty_t
 
 UNREAD = "\x00"  # before a value that is not to be read as YAML yet; no argument of a command line can hold it
 NESTED = re.compile(r"--(?:model|data)\.(?!help$|class_path$|dict_kwargs\.)[^=]+")
+BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 NEGATIVE = re.compile(r"-(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|-(?:inf|nan)")
 
 read_yaml = get_loader("yaml")
@@ -69,7 +70,10 @@ class OneLineParser(ArgumentParser):
             self._check_names(args)
             self._check_numbers(args)
             args = keep_unread(args) if self.exit_on_error else [arg.replace(UNREAD, "", 1) for arg in args]
-        return super().parse_args(args, *more, **options)
+        settings = super().parse_args(args, *more, **options)
+        if self.exit_on_error:  # else a parser inside of another, which knows no whole names
+            self._check_base(args or (), settings)
+        return settings
 
     def _check_names(self, args: Sequence[str]) -> None:
         """Raise :class:`InputError` for a flag that there is not, before configs and the classes they name are read."""
@@ -87,6 +91,19 @@ class OneLineParser(ArgumentParser):
             name, _, value = arg.rpartition("=")
             if TOO_LARGE.fullmatch(value):
                 raise InputError(f"{(name or flag).lstrip('-')}: got {shorten(value)}, expected a number below 1e308")
+
+    @staticmethod
+    def _check_base(args: Sequence[str], settings: Any) -> None:
+        """Raise :class:`InputError` for 1:30 where a number is expected, which YAML reads in base 60."""
+        name = ""
+        for arg in args:
+            name, _, value = arg.removeprefix("--").partition("=") if arg.startswith("--") else (name, "", arg)
+            value = value.removeprefix(UNREAD)
+            if BASE_60.fullmatch(value):
+                group, _, rest = name.partition(".")
+                found = settings.get(name, settings.get(f"{group}.init_args.{rest}", ""))
+                if any(isinstance(each, int | float) for each in (found if isinstance(found, list) else [found])):
+                    raise InputError(f"{name}: got {shorten(value)}, expected a plain number")
 
     def parse_object(self, cfg_obj: Any, *more: Any, **options: Any) -> Any:
         """Parse settings that are in a collection already; the one of a flag may still be unread."""

@@ -17,6 +17,7 @@ from clipward.errors import InputError, shorten
 SkipType = Literal["uniform", "uniform2", "leading", "quad", "trailing", "karras", "logsnr"]
 ScheduleName = Literal["linear", "scaled_linear", "cosine"]
 Betas = tuple[float, float]
+FALLING = "expected values that fall strictly, from below 1 to above 0"
 
 
 Values = TypeVar("Values", float, Tensor)
@@ -99,13 +100,16 @@ class Schedule:
 
     Args:
         alpha_bar: (T,) strictly decreasing in (0, 1).
+
+    Raises:
+        InputError: where it isn't.
     """
 
     def __init__(self, alpha_bar: Tensor | Sequence[float]) -> None:
         self.alpha_bar = torch.as_tensor(alpha_bar, dtype=torch.float64)
         falling = torch.all(self.alpha_bar[1:] < self.alpha_bar[:-1])
         if not falling or self.alpha_bar[0] >= 1 or self.alpha_bar[-1] <= 0:
-            raise InputError("alpha_bar: expected values that fall strictly, from below 1 to above 0")
+            raise InputError(f"alpha_bar: {FALLING}")
 
     @classmethod
     def from_name(cls, name: ScheduleName, num_timesteps: int = 1000, betas: Betas = (1e-4, 0.02)) -> "Schedule":
@@ -118,14 +122,21 @@ class Schedule:
         """
         first, last = betas
         if name == "linear":
-            return cls.from_betas(torch.linspace(first, last, num_timesteps, dtype=torch.float64))
-        if name == "scaled_linear":
-            return cls.from_betas(torch.linspace(first**0.5, last**0.5, num_timesteps, dtype=torch.float64) ** 2)
-        if name == "cosine":
+            each = torch.linspace(first, last, num_timesteps, dtype=torch.float64)
+        elif name == "scaled_linear":
+            each = torch.linspace(first**0.5, last**0.5, num_timesteps, dtype=torch.float64) ** 2
+        elif name == "cosine":
             u = torch.arange(num_timesteps + 1, dtype=torch.float64) / num_timesteps
             f = torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-            return cls.from_betas((1 - f[1:] / f[:-1]).clamp(max=0.999))
-        raise InputError(f"schedule: got {name!r}, expected linear, scaled_linear or cosine")
+            each = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+        else:
+            raise InputError(f"schedule: got {shorten(name)}, expected linear, scaled_linear or cosine")
+        try:
+            return cls.from_betas(each)
+        except InputError as error:
+            raise InputError(
+                f"betas: got {shorten(list(betas))} with num_timesteps {num_timesteps}; alpha_bar: {FALLING}"
+            ) from error
 
     @classmethod
     def from_betas(cls, betas: Tensor) -> "Schedule":

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from clipward.errors import InputError, first_line, shorten
+from clipward.errors import InputError, first_line, list_names, shorten
 from clipward.files import atomic_write, check_state, locate, read_json, read_safetensors, state_hash
 from clipward.networks.channels import to_rgb
 from clipward.networks.noise_level import NoiseConditionedConv, with_noise_level
@@ -135,7 +135,7 @@ class Clip:
                 quick_gelu = bool(open_clip.get_pretrained_cfg(architecture, rest).get("quick_gelu"))
                 source, options = architecture, {"pretrained": rest, "force_quick_gelu": quick_gelu}
             else:
-                tags = ", ".join(open_clip.list_pretrained_tags_by_model(architecture)) if known else ""
+                tags = list_names(open_clip.list_pretrained_tags_by_model(architecture), 5) if known else ""
                 raise InputError(
                     f"clip: got {name!r}, expected a folder, a file or a pretrained model of open_clip, such as "
                     + (f"{architecture}/ with one of {tags}" if tags else "ViT-B-32/openai")
@@ -195,13 +195,7 @@ class Clip:
         """Raise :class:`InputError` where a text is empty or longer than the context."""
         if not text.strip():
             raise InputError("text: got an empty text, expected a sentence that says what to draw")
-        if len(text.encode()) + 2 <= self.context_length:
-            return  # no token is shorter than a byte
-        if hasattr(self.tokenizer, "encode"):
-            length = len(self.tokenizer.encode(text)) + 2  # a start and an end
-        else:  # open_clip's wrapper of a tokenizer of transformers
-            length = len(self.tokenizer.tokenizer(text).input_ids)
-        over = length - self.context_length
+        over = count_tokens(self.tokenizer, text) - self.context_length
         if over > 0:
             raise InputError(
                 f"text: {shorten(text)} is {over} tokens too long for this CLIP, which reads {self.context_length}"
@@ -223,6 +217,16 @@ class Clip:
             recompute = self.checkpointing and torch.is_grad_enabled()
             features = checkpoint(encode, pixels, use_reentrant=False) if recompute else encode(pixels)
             return F.normalize(features.float(), dim=-1) if normalise else features.float()
+
+
+def count_tokens(tokenizer: Any, text: str) -> int:
+    """How many tokens a text is, with those of its start and its end; at least so many where it is sure to fit."""
+    most = len(text.encode()) + 2  # no token is shorter than a byte
+    if most <= tokenizer.context_length:
+        return most
+    if hasattr(tokenizer, "encode"):
+        return len(tokenizer.encode(text)) + 2
+    return len(tokenizer.tokenizer(text).input_ids)  # open_clip's wrapper of a tokenizer of transformers
 
 
 def text_cosines(clip: Clip, image: Tensor, texts: Sequence[Sequence[Part]]) -> Tensor:
