@@ -61,7 +61,7 @@ from clipward.cli.messages import first_process
 from clipward.cli.own_samples import draw_own_samples
 from clipward.cli.parser import OneLineParser
 from clipward.cli.precision import AUTO, PRECISIONS, choose_precision
-from clipward.cli.run_folder import BEGUN, RunFolder
+from clipward.cli.run_folder import BEGUN, removing_unbegun
 from clipward.cli.settings import prepare, shipped
 from clipward.cli.trainer_values import check_trainer
 from clipward.datamodules.celebahq import CelebAHQDataModule
@@ -354,13 +354,9 @@ class ClipwardCLI(LightningCLI):
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
-        folder = RunFolder(self.trainer.loggers if self.trainer.is_global_zero else ())
         try:
-            try:
+            with removing_unbegun(self.trainer.loggers if self.trainer.is_global_zero else ()):
                 super()._run_subcommand(subcommand)
-            except (*MENDABLE, RuntimeError):
-                folder.remove_unbegun()
-                raise
         except (*MENDABLE, OSError, Stopped) as error:
             if isinstance(error, OSError) and error.filename is None:  # a full disk doesn't say where
                 error.filename = self.config[subcommand].get("save_dir")
