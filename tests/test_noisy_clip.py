@@ -1,5 +1,7 @@
 """Distillation of a noise-aware CLIP."""
 
+import shutil
+import struct
 from pathlib import Path
 
 import pytest
@@ -102,10 +104,11 @@ def test_fit_draws_the_samples_once_and_learns_from_them(
     tmp_path: Path, tiny_weights: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    samples = tmp_path / "samples"
+    samples, weights = tmp_path / "samples", tmp_path / "ddpm.safetensors"
+    shutil.copy(tiny_weights, weights)
 
     def fit(name: str, *more: str) -> None:
-        models = ["--weights", str(tiny_weights), "--clip", str(tiny_clip), "--model.save_dir", str(tmp_path / name)]
+        models = ["--weights", str(weights), "--clip", str(tiny_clip), "--model.save_dir", str(tmp_path / name)]
         data = ["--data.samples", "8", "--data.batch_size", "2", "--data.skip_steps", "2"]
         trainer = ["max_steps=2", "logger=false", "callbacks=[]", "enable_progress_bar=false", "val_check_interval=2"]
         flags = [f"--trainer.{setting}" for setting in (*trainer, "accelerator=cpu")]
@@ -123,6 +126,11 @@ def test_fit_draws_the_samples_once_and_learns_from_them(
     assert not (tmp_path / "none").exists()
     with pytest.raises(SystemExit, match=r"data.samples_dir: .*skip_steps.*; use another folder$"):
         fit("four", "--data.skip_steps", "3")
+    weights.write_bytes(weights.read_bytes()[:-4] + struct.pack("<f", 0.5))
+    with pytest.raises(SystemExit, match=r"error: data.samples_dir: .* of other weights .*; use another folder$"):
+        fit("four")
+    assert {file: file.stat().st_mtime_ns for file in samples.glob("0*.png")} == after
+    assert not (tmp_path / "four").exists()
 
 
 @pytest.mark.slow

@@ -153,12 +153,12 @@ class ClipwardCLI(LightningCLI):
         if self.subcommand in ("predict", "test"):
             config.trainer.logger = False
             logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-            # Requests carry their own indices, and know how they are dealt.
-            for beside_the_point in (
-                *("Couldn't infer the batch indices", "Your `IterableDataset` has `__len__`"),
-                r"`isinstance\(treespec, LeafSpec\)` is deprecated",
-            ):
-                warnings.filterwarnings("ignore", beside_the_point)
+        # Requests, and a fit draws samples too, carry their own indices, and know how they are dealt.
+        for beside_the_point in (
+            *("Couldn't infer the batch indices", "Your `IterableDataset` has `__len__`"),
+            r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+        ):
+            warnings.filterwarnings("ignore", beside_the_point)
 
     def _check_model(self, model: Namespace) -> None:
         name, arguments = model.class_path.rpartition(".")[2], model.get("init_args") or Namespace()

@@ -31,21 +31,18 @@ def draw_own_samples(trainer: L.Trainer, weights: str | None, data: OwnSamplesDa
     made_by: dict[str, Any] = {"weights": weights, "seed": data.seed, "unguided": True, "sampling": settings}
     writer: Any = PredictionWriter(str(data.samples_dir), yaml.safe_dump(made_by))
     requests = PromptDataModule(n_samples=data.samples, seed=data.seed, micro_batch=data.micro_batch)
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     try:
         requests.done = writer.check(requests.requests)
-    except InputError as error:
-        reason = str(error).partition(": ")[2].removesuffix(" or --overwrite true")
-        raise InputError(f"data.samples_dir: {reason}") from error
-    count = max(data.samples, len(requests.done))
-    check_training(count - data.count_held_out(count), data.batch_size, trainer)
-    if next(iter(requests.predict_dataloader()), None) is None:
-        if trainer.is_global_zero:
-            writer.finish()  # a stop may have come between the last sample and this
-        return
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    callbacks.append(writer)
-    try:
+        count = max(data.samples, len(requests.done))
+        check_training(count - data.count_held_out(count), data.batch_size, trainer)
+        callbacks.append(writer)
         module = DDPMModule(weights=weights, sampling=SamplingConfig(**settings))
         trainer.predict(module, datamodule=requests, return_predictions=False)
+    except InputError as error:
+        if not str(error).startswith("save_dir: "):
+            raise
+        reason = str(error).partition(": ")[2].removesuffix(" or --overwrite true")
+        raise InputError(f"data.samples_dir: {reason}") from error
     finally:
-        callbacks.remove(writer)
+        callbacks[:] = [each for each in callbacks if each is not writer]
