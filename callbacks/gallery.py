@@ -85,14 +85,22 @@ class Gallery:
             self.staged.append(row)
 
     def pack(self, rows: list[dict[str, Any]]) -> None:
-        """Move pictures from their PNGs into a shard, which has the number of the first of them."""
+        """Move pictures from their PNGs into a shard, which has the number of the first of them.
+
+        A shard of that name that is there, where a person has changed the metadata, keeps its other pictures.
+        """
         shard = f"{rows[0]['index']:09d}.{SUFFIX[self.output]}"
         packed = [row | {"file_name": f"{row['index']:09d}.png", "shard": shard} for row in rows]
+        pictures = {row["index"]: (self.path / row["file_name"]).read_bytes() for row in rows}
+        there = self.rows() if (self.path / shard).exists() else ()
+        kept = [row for row in there if row.get("shard") == shard and row["index"] not in pictures]
+        pictures |= {row["index"]: self._member(self.path / shard, row).getvalue() for row in kept}
         self._append(packed)
-        pictures = [(self.path / row["file_name"]).read_bytes() for row in rows]
+        contents = sorted([*kept, *packed], key=lambda row: row["index"])
         with atomic_write(self.path / shard, clear=False) as aside:
             write = _write_tar if self.output == "webdataset" else _write_parquet
-            write(aside, packed, pictures)
+            write(aside, contents, [pictures[row["index"]] for row in contents])
+        self._table = None
         for row in rows:
             (self.path / row["file_name"]).unlink()
 

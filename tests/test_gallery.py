@@ -10,6 +10,7 @@ from PIL import Image
 
 from clipward.callbacks.gallery import Gallery
 from clipward.callbacks.prediction_writer import PredictionWriter
+from clipward.cli import main
 from clipward.datamodules.prompts import PromptDataModule
 from clipward.errors import InputError
 from clipward.files import atomic_folder, atomic_write, check_writable, remove_leftovers
@@ -244,6 +245,18 @@ def test_a_damaged_file_is_made_again(tmp_path: Path, output: str, harm: str) ->
     again.gallery.merge()
     assert not (out / name).exists()
     assert writer.save_dir.joinpath("metadata.jsonl").exists()
+
+
+@pytest.mark.parametrize("output", ["webdataset", "parquet"])
+def test_a_shard_whose_first_line_is_lost_keeps_its_other_pictures(config: str, output: str, tmp_path: Path) -> None:
+    command = ["predict", "-c", config, "--n_samples", "5", "--skip_steps", "2", "--output", output]
+    command += ["--save_dir", str(tmp_path / "x")]
+    main(command)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "x").iterdir()}
+    lines = before["metadata.jsonl"].splitlines(keepends=True)
+    (tmp_path / "x/metadata.jsonl").write_bytes(b"".join(lines[1:]))
+    main(command)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "x").iterdir()} == before
 
 
 def test_a_picture_of_the_figure_that_cannot_be_opened_is_made_again(tmp_path: Path) -> None:
