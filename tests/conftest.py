@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -41,6 +42,14 @@ def randomise(network: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
         for p in network.parameters():
             p.copy_(torch.randn(p.shape, generator=generator) * (p[0].numel() ** -0.5 if p.ndim > 1 else 0.3))
     return network
+
+
+def mutate(content: bytes, seed: int, count: int) -> bytes:
+    """Change some bytes, mostly among the first, which say what follows; then perhaps cut the end off."""
+    rng, changed = random.Random(seed), bytearray(content)
+    for _ in range(count):
+        changed[rng.randrange(rng.choice([16, 2000, len(changed)])) % len(changed)] = rng.randrange(256)
+    return bytes(changed[: rng.choice([len(changed), rng.randrange(len(changed))])])
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow
 import pytest
 import torch
-from conftest import tiny_module, tiny_trainer
+from conftest import mutate, tiny_module, tiny_trainer
 from datasets import Dataset, Image
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -368,10 +368,7 @@ def test_a_damaged_picture_is_one_line(folder: Path, num_workers: int) -> None:
 @settings(max_examples=150, deadline=None, database=None)
 @given(st.sampled_from(["png", "jpeg", "webp", "gif", "tiff", "bmp"]), st.integers(0, 2**32), st.integers(0, 6))
 def test_mutated_files_are_pictures_or_unreadable(kind: str, seed: int, count: int) -> None:
-    rng, content = random.Random(seed), bytearray(SAMPLES[kind])
-    for _ in range(count):
-        content[rng.randrange(len(content))] = rng.randrange(256)
-    mutated = bytes(content[: rng.choice([len(content), rng.randrange(len(content))])])
+    mutated = mutate(SAMPLES[kind], seed, count)
     with suppress(UnreadablePicture), pytest.MonkeyPatch.context() as patch:
         patch.setattr(Pillow, "MAX_IMAGE_PIXELS", 10**5)  # 89 million take seconds
         check_picture(mutated)

@@ -1,7 +1,6 @@
 """Random schedules, records and files of weights: each is what it says, or refused in one line."""
 
 import json
-import random
 import resource
 from collections.abc import Callable
 from itertools import pairwise
@@ -10,7 +9,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from conftest import TINY, tiny_module
+from conftest import TINY, mutate, tiny_module
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -99,14 +98,6 @@ def test_any_header_is_an_architecture_or_a_line(change: dict[str, Any], unet: d
         one_line(error)
         return
     assert Architecture.from_dict(found.to_dict()) == found
-
-
-def mutate(content: bytes, seed: int, count: int) -> bytes:
-    """Change some bytes, mostly among the first, which say what follows; then perhaps cut the end off."""
-    rng, changed = random.Random(seed), bytearray(content)
-    for _ in range(count):
-        changed[rng.randrange(rng.choice([16, 2000, len(changed)])) % len(changed)] = rng.randrange(256)
-    return bytes(changed[: rng.choice([len(changed), rng.randrange(len(changed))])])
 
 
 @pytest.fixture(scope="module")
