@@ -182,20 +182,27 @@ class Sampler:
         given = self.config.class_label if label is None else label
         return -1 if given is None else self.architecture.find_class(given)
 
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The shares of T between which a text guides."""
-        return self.config.interval or self.method.interval
+    def interval(self, edit: Edit | None = None) -> tuple[float, float]:
+        """The shares of T between which a text guides.
+
+        A method's own are shares of where the walk begins, which is lower for an edit; where no step lies between them,
+        it guides all.
+        """
+        if self.config.interval is not None:
+            return self.config.interval
+        top = 1.0 if edit is None or edit.strength is None else edit.strength
+        low, high = (share * top for share in self.method.interval)
+        shares = [step.t / len(self.schedule) for step in self.list_steps(edit)]
+        return (low if any(low < share <= high for share in shares) else 0.0), high
 
     @property
     def weight_schedule(self) -> WeightSchedule | None:
         given = self.config.weight_schedule
         return None if given is None else WeightSchedule.parse(given)
 
-    @property
-    def _times(self) -> tuple[float, float]:
+    def _times(self, edit: Edit | None) -> tuple[float, float]:
         """The t above which, and up to which, a text guides."""
-        low, high = (share * len(self.schedule) for share in self.interval)
+        low, high = (share * len(self.schedule) for share in self.interval(edit))
         return (low if low > 0 else -1), high  # from 0 on, the last step is guided too
 
     def check(self, edits: Iterable[Edit | None] = (None,), labels: Iterable[ClassLabel] = (None,)) -> None:
@@ -205,8 +212,8 @@ class Sampler:
             edits: those of the requests; one of each kind is enough.
             labels: the class labels of the requests, each at least once.
         """
-        low, high = self._times
         for edit in edits:
+            low, high = self._times(edit)
             if edit is not None:
                 edit.margins(*self.architecture.size)
             steps, strength = self.list_steps(edit), None if edit is None else edit.strength
@@ -383,7 +390,7 @@ class Sampler:
                 self._make_objectives(texts[part], seeds[part], weights[part], given[part])
                 for part in self._split(len(seeds))
             ]
-            denoise = self._make_denoiser(objectives, weights, classes)
+            denoise = self._make_denoiser(objectives, weights, classes, edit)
             update = self.make_update(edit)
             if groups and steps and any(each is not None for each in objectives) and self.adds_noise(edit):
                 followers = [each.follow for each in (denoise, update) if hasattr(each, "follow")]
@@ -491,7 +498,7 @@ class Sampler:
             return record
         record |= edit.to_record()
         if edit.init_image is not None:
-            record |= self.describe_steps(edit)
+            record |= self.describe_steps(edit) | {"interval": list(self.interval(edit))}
         if edit.masked:
             record["repeats"] = self.repeats(edit)
         if edit.invert:
@@ -531,18 +538,24 @@ class Sampler:
         return self.models.objectives(self.method, text, self._noise(seed), self.device, edits)
 
     def _make_denoiser(
-        self, objectives: Sequence[Objectives | None], weight: Sequence[float], classes: Sequence[int]
+        self,
+        objectives: Sequence[Objectives | None],
+        weight: Sequence[float],
+        classes: Sequence[int],
+        edit: Edit | None = None,
     ) -> SplitDenoiser:
         """What denoises one picture for each weight and class, with the objectives of each part of the batch."""
         parts = self._split(len(weight))
         weights = torch.tensor(weight, device=self.device)
         denoisers = [
-            self._guided_denoiser(each, weights[part], classes[part])
+            self._guided_denoiser(each, weights[part], classes[part], self._times(edit))
             for part, each in zip(parts, objectives, strict=True)
         ]
         return SplitDenoiser(denoisers, parts[0].stop)
 
-    def _guided_denoiser(self, objectives: Objectives | None, weight: Tensor, classes: Sequence[int]) -> GuidedDenoiser:
+    def _guided_denoiser(
+        self, objectives: Objectives | None, weight: Tensor, classes: Sequence[int], times: tuple[float, float]
+    ) -> GuidedDenoiser:
         """What denoises one picture for each weight, (B,), and each class; without objectives, unguided."""
         network: Callable[[Tensor, Tensor], Tensor] = self.network
         if self.architecture.unet.num_classes is not None:
@@ -558,14 +571,13 @@ class Sampler:
         if self.clip_denoised:
             guidances.append(Clamp(None if place == "first" else weight == 0, *clamping))
         if objectives is not None:
-            low, high = self._times
             guide, schedule = partial(self.method.guidances, objectives), self.weight_schedule
             guides = (
                 guide(weight) if schedule is None else [ScheduledGuidance(guide, weight, schedule, len(self.schedule))]
             )
             looked_at = [RefuseFlat(weight)] if self.method.guided_by == "clip" else []  # others look at x_t, not at x̂0
             for guidance in (*looked_at, *guides):
-                guidances.append(GuidanceInterval(guidance, low, high))
+                guidances.append(GuidanceInterval(guidance, *times))
         if place == "last":
             guidances.append(Clamp(weight != 0, *clamping))
         halved = torch.is_autocast_enabled(self.device.type) or self.network.conv_in.weight.dtype != torch.float32
@@ -657,7 +669,7 @@ class Sampler:
             **self.describe_steps(),
             "repeats": self.repeats(),
             "candidates": config.candidates,
-            "interval": list(self.interval),
+            "interval": list(self.interval()),
             **({} if config.weight_schedule is None else {"weight_schedule": config.weight_schedule}),
             "batch_multiple": self.batch_multiple,
             "var_type": self.var_type,

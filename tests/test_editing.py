@@ -1,6 +1,7 @@
 """Editing: init images, masks, outpainting and inversion, by closed forms and on small models."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -385,6 +386,21 @@ def test_python_edits_files_and_pictures_alike(tiny_weights: Path, picture: str,
         model.sample(init_image=3)
     with pytest.raises(InputError, match="init_image: a picture can't be read"):
         model.sample(init_image=b"PNG", skip_steps=1)
+
+
+def test_an_edit_is_guided_within_the_same_share_of_its_shorter_walk(
+    tiny_weights: Path, tiny_clip: Path, picture: str
+) -> None:
+    model = clipward.load(tiny_weights, clip=str(tiny_clip), method="contrastive_denoised", skip_steps=20)
+    sampler, edit = model.sampler, Edit(init_image=picture, strength=0.5)
+    assert METHODS["contrastive_denoised"].interval == (0.3, 1)
+    assert sampler.interval() == (0.3, 1)
+    assert sampler.interval(edit) == (0.15, 0.5)
+    assert sampler.describe(edit)["interval"] == [0.15, 0.5]  # what makes the picture again
+    sampler.config = replace(sampler.config, skip_steps=1, skip_type="uniform")
+    assert sampler.interval() == (0, 1)  # its only step begins at t = 0
+    sampler.config = replace(sampler.config, interval=(0.2, 0.4))
+    assert sampler.interval(edit) == (0.2, 0.4)
 
 
 # a picture in the place of a text

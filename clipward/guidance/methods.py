@@ -64,7 +64,7 @@ class Method:
         guided_by: the kind of model whose gradient it takes.
         contrast: whether the log-likelihood of a text is taken against its contrast captions, where it has any.
         clamp: where x̂0 is clamped to [-1, 1], in models that clamp it: before the guidance, after it, or not at all.
-        interval: the shares of T between which it guides.
+        interval: the shares of T between which it guides; of an edit, shares of where its walk begins.
         solver: whose steps it takes by default, in place of DDPM's.
         steps: how many of that solver's steps.
     """
@@ -140,12 +140,12 @@ def contrastive(objectives: Objectives, weight: Tensor) -> list[Guidance]:
     return [GradientGuidance(views, weight, grad_noisy, shift_eps, limit=MOST)]
 
 
-@method("log-likelihood", 80, contrast=True, solver="sde_dpmpp_2m", steps=40)
+@method("log-likelihood", 80, contrast=True, interval=(0.3, 1), solver="sde_dpmpp_2m", steps=40)
 def contrastive_denoised(objectives: Objectives, weight: Tensor) -> list[Guidance]:
     """∇ log p(x_t) + w·∇_{x_t} log p(y | x̂0(x_t)) with any CLIP, through the U-Net, over four views, limited as above.
 
     Ours: ``contrastive`` for a CLIP that has seen clean pictures only. The U-Net's Jacobian turns the gradient at x̂0
-    into one at x_t, at the cost of a backward pass.
+    into one at x_t, at the cost of a backward pass; below 0.3·T, where it would change next to nothing, it is spared.
     """
     return [GradientGuidance(Views(objectives.log_likelihood), weight, grad_denoised, shift_eps, limit=MOST)]
 
