@@ -266,7 +266,7 @@ def test_pictures_are_compared_with_those_that_have_the_same_attributes_whatever
     reference = Reference(torch.cat([noisy, torch.rand(300, 1)], dim=1), labels, vocabulary)
     asked = [(0, 1)] * 3 + [(1, 2)]
     made = torch.tensor([[*torch.eye(2)[man].tolist(), *torch.eye(3)[hair].tolist(), 7.0] for man, hair in asked])
-    shown = predict_labels(reference._probes, reference.matching_attributes(made)).tolist()
+    shown = predict_labels(reference._probes, reference.matching_attributes(made)[1]).tolist()
     assert shown == sorted(shown)
     women, men = shown.count([0, 1]), shown.count([1, 2])
     assert women + men == len(shown)
@@ -279,6 +279,13 @@ def test_pictures_are_compared_with_those_that_have_the_same_attributes_whatever
     matching = Reference(reference.features, partly, vocabulary).matching_attributes(made)
     torch.testing.assert_close(matching, reference.matching_attributes(made))
     assert unlabelled(reference.features).matching_attributes(made) is None
+    many, odd = made.repeat(10, 1), torch.tensor([[*torch.eye(2)[0].tolist(), *torch.eye(3)[0].tolist(), 7.0]])
+    others = ~(labels == torch.tensor([0, 0])).all(dim=1)  # no woman with black hair
+    without = Reference(reference.features[others], labels[others], vocabulary)
+    kept, matched = without.matching_attributes(torch.cat([odd, many, odd]))
+    assert torch.equal(kept, many)
+    torch.testing.assert_close(matched, without.matching_attributes(many)[1])
+    assert without.matching_attributes(torch.cat([odd, odd, many, odd])) is None  # more than a twentieth
 
 
 def test_two_processes_judge_what_one_does(tmp_path: Path) -> None:

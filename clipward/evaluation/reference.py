@@ -13,6 +13,8 @@ from torch import Tensor
 from clipward.evaluation.judges import Judges, ScoresTexts
 from clipward.networks.vocabulary import Vocabulary, find_allowed
 
+LEAST_MATCHED = 0.95  # of the generated pictures
+
 
 @dataclass(frozen=True, eq=False)
 class Reference:
@@ -81,22 +83,28 @@ class Reference:
         found = self._take_in_proportion(masks, texts)
         return everything if found is None else found
 
-    def matching_attributes(self, features: Tensor) -> Tensor | None:
-        """(M, C): pictures with the same attributes as (N, C) generated ones, in the same proportions.
+    def matching_attributes(self, features: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Pictures with the same attributes as (N, C) generated ones, in the same proportions.
 
         Linear probes predict the attributes of the generated pictures, whether a text names them or not, and those of
-        the real ones that are not known.
+        the real ones that are not known. Generated ones whose attributes fewer than two real ones have together are
+        left out, up to a twentieth of all.
 
         Returns:
-            None where there are no labels, too few pictures to fit the probes, or fewer than two that match.
+            the generated ones that are left, (≤ N, C), and their matches, (M, C). None where there are no labels, too
+            few pictures to fit the probes, or too few that match.
         """
         if self.labels is None or self._probes is None:
             return None
         shown = [tuple(row) for row in predict_labels(self._probes, features).tolist()]
         labels = torch.where(self.labels >= 0, self.labels, predict_labels(self._probes, self.features))
         masks = {row: (labels == torch.tensor(row)).all(dim=1) for row in dict.fromkeys(shown)}
-        found = self._take_in_proportion(masks, shown)
-        return None if found is None else self.features[found]
+        kept = [i for i, row in enumerate(shown) if masks[row].sum() >= 2]
+        if len(kept) < LEAST_MATCHED * len(shown):
+            return None
+        rows = [shown[i] for i in kept]
+        found = self._take_in_proportion({row: masks[row] for row in dict.fromkeys(rows)}, rows)
+        return None if found is None else (features[kept], self.features[found])
 
     @cached_property
     def _probes(self) -> list[Tensor] | None:
