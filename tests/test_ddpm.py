@@ -501,7 +501,7 @@ def test_predict_counts_what_it_computed_again(
     models = {
         "clip": str(tiny_clip),
         "weights": str(tiny_weights),
-        "sampling": SamplingConfig(skip_steps=5, ddim=False),
+        "sampling": SamplingConfig(skip_steps=5, ddim=False, interval=(0, 1)),
     }
     data = PromptDataModule(text=["a man"], guidance_weight=[20.0], n_samples=2, unguided=False)
     module = tiny_module(**models)
