@@ -546,9 +546,9 @@ class Sampler:
     ) -> SplitDenoiser:
         """What denoises one picture for each weight and class, with the objectives of each part of the batch."""
         parts = self._split(len(weight))
-        weights = torch.tensor(weight, device=self.device)
+        weights, times = torch.tensor(weight, device=self.device), self._times(edit)
         denoisers = [
-            self._guided_denoiser(each, weights[part], classes[part], self._times(edit))
+            self._guided_denoiser(each, weights[part], classes[part], times)
             for part, each in zip(parts, objectives, strict=True)
         ]
         return SplitDenoiser(denoisers, parts[0].stop)

@@ -122,9 +122,11 @@ class ClipModule(Reproducible):
 
     def _check_lengths(self, captions: list[str]) -> None:
         """Warn of the first caption that is cut, as CLIPs are trained with what fits of a long one."""
+        if self._has_cut:  # tokens take time to count
+            return
         context = self.tokenizer.context_length
         long = next((each for each in captions if count_tokens(self.tokenizer, each) > context), None)
-        if long is not None and not self._has_cut:
+        if long is not None:
             self._has_cut = True
             rank_zero_warn(
                 f"data.caption_column: {shorten(long)}, and perhaps others, is cut to the CLIP's {context} tokens"

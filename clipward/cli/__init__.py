@@ -25,7 +25,7 @@ def main(args: Sequence[str] | None = None) -> None:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal of ASCII shows "?" in place of what it can't
     try:
-        check_surroundings()
+        check_environment()
         check_encoding(given)
         run(given)
         print(end="", flush=True)
@@ -48,8 +48,8 @@ def has_lost_reader() -> bool:
     return any(event & select.POLLERR for _, event in outputs.poll(0))
 
 
-def check_surroundings() -> None:
-    """Raise :class:`InputError` for what no library bears: no working folder, and a rank that is no number."""
+def check_environment() -> None:
+    """Raise :class:`InputError` where the working folder is gone, or the environment has a rank that is no number."""
     try:
         os.getcwd()
     except FileNotFoundError as error:

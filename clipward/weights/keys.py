@@ -17,7 +17,7 @@ from clipward.networks.unet import UNet, UNetConfig
 
 State = Mapping[str, Tensor]
 Naming = list[tuple[str, str]]
-UNSAID = frozenset({"image_size", "head_channels", "schedule", "parametrisation"})  # by names and shapes
+UNSAID = frozenset({"image_size", "schedule", "parametrisation"})  # by names and shapes
 
 
 def rename_key(name: str, naming: Naming) -> str:
