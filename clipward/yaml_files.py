@@ -16,7 +16,8 @@ MAX_VALUES = 100_000  # after aliases have been replaced by what they stand for
 MAX_DEPTH = 100
 TOO_LONG = f"more than {MAX_BYTES // 1_000_000} MB, expected less"
 TOO_LARGE = re.compile(r"[-+]?[0-9]{309,}")  # a number that no float holds
-OTHER_BASE = re.compile(r"[-+]?(0[0-7_]+|[1-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")  # as YAML 1.1 reads a number
+BASE_8, BASE_60 = r"0[0-7_]+", r"([1-9][0-9_]*(:[0-5]?[0-9])+|[0-9][0-9_]*(:[0-5]?[0-9])+\.[0-9_]*)"
+OTHER_BASE = re.compile(f"[-+]?({BASE_8}|{BASE_60})")  # as YAML 1.1 reads a number
 Loader: type = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 

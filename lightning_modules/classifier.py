@@ -12,7 +12,7 @@ from clipward.lightning_modules.degrade import check_noise, degrade, diffuse
 from clipward.lightning_modules.optim import OptimConfig, adamw
 from clipward.lightning_modules.reproducible import Reproducible
 from clipward.networks.classifier import Classifier, check_width, save_classifier
-from clipward.networks.vocabulary import check_labels_of, load_vocabulary
+from clipward.networks.vocabulary import check_labels_of, find_labels, load_vocabulary
 
 
 class ClassifierModule(Reproducible):
@@ -53,7 +53,7 @@ class ClassifierModule(Reproducible):
     def check_data(self, data: Any) -> None:
         """Raise :class:`InputError` where the labels are not those of the vocabulary."""
         check_labels_of(data, self.network.vocabulary, "model.vocabulary")
-        further = list(getattr(data, "attributes", None) or {})[len(self.network.vocabulary) :]
+        further = list(find_labels(data) or {})[len(self.network.vocabulary) :]
         if further:
             raise InputError(f"data.labels: got {list_names(further)}, which model.vocabulary has not; leave it out")
 

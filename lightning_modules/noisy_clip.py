@@ -16,7 +16,7 @@ from clipward.lightning_modules.optim import OptimConfig, adamw
 from clipward.lightning_modules.reproducible import Reproducible
 from clipward.networks.clip import Clip, make_noise_aware, preprocess, save_folder
 from clipward.networks.noise_level import with_noise_level
-from clipward.networks.vocabulary import check_labels_of, load_vocabulary
+from clipward.networks.vocabulary import check_labels_of, find_labels, load_vocabulary
 
 TEMPERATURE = 0.05  # of the softmax over a batch's similarities; the features of one domain lie close together
 LOWEST, HIGHEST = 0.02, 0.98  # the noise levels to learn, as shares of the quarter circle from clean to pure noise
@@ -93,7 +93,7 @@ class NoisyClipModule(Reproducible):
 
     def check_data(self, data: Any) -> None:
         """Raise :class:`InputError` where there are labels, but not those of ``zero_shot``."""
-        if getattr(data, "attributes", None) is not None:
+        if find_labels(data) is not None:
             check_labels_of(data, self.prompts, "model.zero_shot")
 
     def on_fit_start(self) -> None:

@@ -350,6 +350,12 @@ def test_other_modules_keep_their_names() -> None:
             "target: got '/proc/x', expected a file that can be written (No such file or directory)",
         ),
         ("predict --seed 1:30", "seed: got '1:30', expected a plain number"),
+        ("predict --seed 010", "seed: got '010', expected a plain number"),
+        ("predict --text a --guidance_weight 5 01:30.5", "guidance_weight: got '01:30.5', expected a plain number"),
+        (
+            f"predict --text a --guidance_weight 5 {'9' * 309}",
+            f"guidance_weight: got '{'9' * 37}…{'9' * 38}', expected a number below 1e308",
+        ),
         ("predict --text a --guidance_weight 5 1:30", "guidance_weight: got '1:30', expected a plain number"),
         (
             "predict --model.sampling.skip_steps 1:30",
@@ -445,6 +451,10 @@ def test_numbers_of_the_trainer_that_are_in_range() -> None:
         ("shard_size: null", "shard_size: got null, expected a value such as 1000, its default"),
         ("unguided: null", "unguided: got null, expected a value such as True, its default"),
         ("seed: 010", "config: FILE has '010', which YAML reads in base 8 or 60; expected a plain number, or quotes"),
+        (
+            "seed: 01:30.5",
+            "config: FILE has '01:30.5', which YAML reads in base 8 or 60; expected a plain number, or quotes",
+        ),
         ("seed: 1:30", "config: FILE has '1:30', which YAML reads in base 8 or 60; expected a plain number, or quotes"),
         ("seed: !!bool x", "config: FILE has a value that is not what its tag says"),
         ("seed: !!timestamp x", "config: FILE has a value that is not what its tag says"),

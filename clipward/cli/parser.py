@@ -1,8 +1,7 @@
 """jsonargparse, with errors of one line, texts that stay texts, and without YAML that grows without end."""
 
 import re
-from collections.abc import Sequence
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import yaml
@@ -10,11 +9,10 @@ from jsonargparse import ArgumentParser, get_loader, set_dumper, set_loader
 
 from clipward.cli.messages import one_line
 from clipward.errors import InputError, shorten
-from clipward.yaml_files import TOO_LARGE, UnsafeYAML, check_yaml, name_faulty_tags
+from clipward.yaml_files import OTHER_BASE, TOO_LARGE, UnsafeYAML, check_yaml, name_faulty_tags
 
 UNREAD = "\x00"  # before a value that is not to be read as YAML yet; no argument of a command line can hold it
 NESTED = re.compile(r"--(?:model|data)\.(?!help$|class_path$|dict_kwargs\.)[^=]+")
-BASE_60 = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
 NEGATIVE = re.compile(r"-(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|-(?:inf|nan)")
 
 read_yaml = get_loader("yaml")
@@ -87,19 +85,15 @@ class OneLineParser(ArgumentParser):
     @staticmethod
     def _check_numbers(args: Sequence[str]) -> None:
         """Raise :class:`InputError` for a number that no float holds."""
-        for flag, arg in pairwise(["", *args]):
-            name, _, value = arg.rpartition("=")
+        for name, value in pair_values(args):
             if TOO_LARGE.fullmatch(value):
-                raise InputError(f"{(name or flag).lstrip('-')}: got {shorten(value)}, expected a number below 1e308")
+                raise InputError(f"{name}: got {shorten(value)}, expected a number below 1e308")
 
     @staticmethod
     def _check_base(args: Sequence[str], settings: Any) -> None:
         """Raise :class:`InputError` for 1:30 where a number is expected, which YAML reads in base 60."""
-        name = ""
-        for arg in args:
-            name, _, value = arg.removeprefix("--").partition("=") if arg.startswith("--") else (name, "", arg)
-            value = value.removeprefix(UNREAD)
-            if BASE_60.fullmatch(value):
+        for name, value in pair_values(args):
+            if OTHER_BASE.fullmatch(value):
                 group, _, rest = name.partition(".")
                 found = settings.get(name, settings.get(f"{group}.init_args.{rest}", ""))
                 if any(isinstance(each, int | float) for each in (found if isinstance(found, list) else [found])):
@@ -118,6 +112,19 @@ class OneLineParser(ArgumentParser):
             super().error(message, ex)
         flags = [flag for action in self._actions for flag in action.option_strings]
         raise InputError(one_line(message, flags)) from ex
+
+
+def pair_values(args: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Each value of a command line with the name of its flag; a value without one has the name ""."""
+    name = ""
+    for arg in args:
+        if arg.startswith("--"):
+            name, equals, value = arg.removeprefix("--").partition("=")
+            if not equals:
+                continue
+        else:
+            value = arg
+        yield name, value.removeprefix(UNREAD)
 
 
 def keep_unread(args: Sequence[str]) -> list[str]:

@@ -63,6 +63,11 @@ class HasLabels(Protocol):
     def attributes(self) -> dict[str, list[str]] | None: ...
 
 
+def find_labels(data: Any) -> dict[str, list[str]] | None:
+    """The values of each attribute of the labels, in their order; None without any."""
+    return data.attributes if isinstance(data, HasLabels) else None
+
+
 def check_labels_of(data: Any, vocabulary: Mapping[str, Iterable[str]], setting: str) -> None:
     """Check that labels are those of a vocabulary, since a network knows attributes and values by their places alone.
 
