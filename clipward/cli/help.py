@@ -165,6 +165,7 @@ COMMANDS = {
             },
             "Where to publish": {
                 "--push_to_hub USER/NAME": "upload the diffusers folder to the hub, with a model card",
+                "--private BOOL": "let nobody else see that repository (default: false)",
                 "--dry_run BOOL": "write and show the folder, and upload nothing (default: false)",
             },
             "What the source does not say": {
