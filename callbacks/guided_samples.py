@@ -129,6 +129,7 @@ class GuidedSamples(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: HasSampler) -> None:
         self._drawn_step = trainer.global_step
         check_shown(pl_module.sampler.architecture.unet.image_channels)
+        pl_module.sampler.check()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: HasSampler, outputs: Any, batch: Any, batch_idx: int

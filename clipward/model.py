@@ -18,7 +18,7 @@ from clipward.diffusion.schedule import Schedule
 from clipward.editing import Edit
 from clipward.errors import InputError, shorten
 from clipward.files import CHECKPOINTS, CONFIGS, SHIPPED
-from clipward.guidance.models import GuidanceConfig, GuidanceModels
+from clipward.guidance.models import GuidanceConfig, GuidanceModels, has_picture
 from clipward.networks.channels import check_shown
 from clipward.networks.lean import arrange_weights
 from clipward.networks.unet import UNet
@@ -131,10 +131,10 @@ class Model:
         given = {name: value for name, value in settings.items() if name in editing}
         edit = Edit(**given) if given else None
         own = {name: settings[name] for name in sampling if name in settings}
-        with self._lock, self._configured(own, negative_text):
+        with self._lock, torch.inference_mode(False), self._configured(own, negative_text):
             weight = self.sampler.method.weight if guidance_weight is None else check_weight(guidance_weight)
             requests = [
-                (sentence, each, weight if sentence or "image_prompt" in given else 0.0)
+                (sentence, each, weight if sentence or has_picture(edit) else 0.0)
                 for sentence in texts or [""]
                 for each in range(seed, seed + n_samples)
             ]
@@ -172,6 +172,7 @@ class Model:
         return self.sampler.sample_in_chunks(text, seed, weight, progress, callback, [edit] * len(seed))[0]
 
 
+@torch.inference_mode(False)  # what is made in that mode has no gradient, ever
 def load(
     weights: str | Path,
     *,

@@ -46,6 +46,12 @@ Watch = Callable[[State], None]
 MASK_REPEATS = 4
 INVERSION_PASSES = 3  # of the network for each step of an inversion
 SMALL = 128 * 128  # pixels below which a CPU is faster where it computes several pictures at once
+OUT_OF_MEMORY = (  # what errors of other types say
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
 MOST_INVERSIONS = 64  # kept, since many requests may edit one picture
 
 
@@ -240,6 +246,12 @@ class Sampler:
                 raise InputError(
                     f"invert: got {beside} beside it, expected "
                     "neither a solver nor noise; an inverted picture goes back by DDIM's steps"
+                )
+            sampler = self.scheduler(edit).sampler
+            if self.method.turns_noise and sampler != "ddpm":
+                raise InputError(
+                    f"method: got {self.method_name} with the steps of {sampler}, expected those of ddpm, whose noise "
+                    "it turns; leave out --solver, --ddim and --invert, or use --model.sampling.ddim false"
                 )
             self.make_update(edit)
         if self.config.ddim_eta and self.scheduler().sampler != "ddim":
@@ -571,18 +583,21 @@ class Sampler:
         if self.clip_denoised:
             guidances.append(Clamp(None if place == "first" else weight == 0, *clamping))
         if objectives is not None:
-            guide, schedule = partial(self.method.guidances, objectives), self.weight_schedule
+            guide, schedule = partial(self._list_guidances, objectives), self.weight_schedule
             guides = (
                 guide(weight) if schedule is None else [ScheduledGuidance(guide, weight, schedule, len(self.schedule))]
             )
-            looked_at = [RefuseFlat(weight)] if self.method.guided_by == "clip" else []  # others look at x_t, not at x̂0
-            for guidance in (*looked_at, *guides):
-                guidances.append(GuidanceInterval(guidance, *times))
+            guidances += [GuidanceInterval(guidance, *times) for guidance in guides]
         if place == "last":
             guidances.append(Clamp(weight != 0, *clamping))
         halved = torch.is_autocast_enabled(self.device.type) or self.network.conv_in.weight.dtype != torch.float32
         halved = halved and self._any_process is None  # a sharded network would have to be computed again everywhere
         return GuidedDenoiser(denoise, guidances, self._in_float32 if halved else None)
+
+    def _list_guidances(self, objectives: Objectives, weight: Tensor) -> list[Guidance]:
+        """The method's guidances, after a look at x̂0 where a CLIP is to see it; other models look at x_t."""
+        looked_at: list[Guidance] = [RefuseFlat(weight)] if self.method.guided_by == "clip" else []
+        return looked_at + self.method.guidances(objectives, weight)
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:
@@ -696,7 +711,7 @@ class HasSampler(Protocol):
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether an allocation failed, on a GPU or on a CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def free_memory() -> None:

@@ -1,6 +1,7 @@
 """The settings by which pictures are made."""
 
 from dataclasses import dataclass
+from typing import get_args
 
 from clipward.diffusion.denoiser import VarType
 from clipward.diffusion.schedule import SkipType
@@ -95,8 +96,10 @@ class SamplingConfig:
             raise InputError("dynamic_thresholding_ratio: got one beside clip_denoised false, expected one of the two")
         if not 0 <= self.ddim_eta <= 1:
             raise InputError(f"ddim_eta: got {shorten(self.ddim_eta)}, expected 0 to 1")
-        if self.solver is not None and self.solver not in SOLVERS:
-            raise InputError(f"solver: got {self.solver!r}, expected one of {', '.join(SOLVERS)}")
+        for name, known in (("solver", SOLVERS), ("var_type", get_args(VarType)), ("skip_type", get_args(SkipType))):
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise InputError(f"{name}: got {shorten(value)}, expected one of {', '.join(known)}")
         if self.solver is not None and self.ddim:
             raise InputError(f"solver: got {self.solver} and ddim, expected one of the two")
         if self.method != AUTO and self.method not in METHODS:

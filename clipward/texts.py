@@ -1,6 +1,5 @@
 """The grammar of a text: one or more parts, each with a weight, as in ``an old man:2 | a beard:-1``."""
 
-import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +8,7 @@ from clipward.errors import InputError, shorten
 
 TOKEN = re.compile(r"\\[|:\\]|.", re.DOTALL)  # an escaped character, or any character
 MOST_PARTS = 100
+MOST_WEIGHT = 1e6  # of a part; its least is the inverse
 MARKS = re.compile(r"[|:\\]")  # without any of these a text is one sentence
 # control characters but white space, a byte order mark, and halves of characters, which no file can hold
 FAULTY = re.compile("[\x00-\x08\x0e-\x1f\x7f\ufeff\ud800-\udfff]")
@@ -51,7 +51,8 @@ def split_text(text: str) -> list[Part]:
         the parts; none of an empty text.
 
     Raises:
-        InputError: where one of several parts is empty, or a weight is 0 or too large, and for more than 100 parts.
+        InputError: where one of several parts is empty, a weight is 0, too small or too large, or there are more than
+            100 parts.
     """
     if not text.strip():
         return []
@@ -84,8 +85,10 @@ def _read(tokens: list[str], number: int, count: int, text: str) -> Part:
     where = shorten(text) if count == 1 else f"part {number} of {shorten(text)}"
     if not words.strip():
         raise InputError(rf"text: {where} is empty, expected a sentence; write \| and \: for the characters themselves")
-    if weight == 0 or not math.isfinite(weight):
-        raise InputError(f"text: {where} has the weight {weight:g}, expected another number than 0; leave it out for 0")
+    if not 1 / MOST_WEIGHT <= abs(weight) <= MOST_WEIGHT:
+        raise InputError(
+            f"text: {where} has the weight {weight:g}, expected a size from 1e-6 to 1e6; leave the part out for 0"
+        )
     return Part(words if sentence is tokens and count == 1 else words.strip(), weight)
 
 

@@ -250,6 +250,14 @@ def test_training_goes_on_where_samples_can_not_be_guided(tmp_path: Path, monkey
     assert len(list((tmp_path / "samples").glob("*.png"))) == 4
 
 
+def test_settings_that_samples_can_not_have_stop_training_before_it_begins(tmp_path: Path) -> None:
+    module = tiny_module(sampling=SamplingConfig(skip_steps=2000))
+    trainer = tiny_trainer(tmp_path, max_steps=4, callbacks=[GuidedSamples(n_samples=2, every_n_steps=2)])
+    with pytest.raises(InputError, match="skip_steps: got 2000, expected 1 to"):
+        trainer.fit(module, tiny_faces())
+    assert trainer.global_step == 0
+
+
 def test_samples_are_drawn_at_the_ends_of_epochs(tmp_path: Path) -> None:
     from lightning.pytorch.loggers import TensorBoardLogger
 

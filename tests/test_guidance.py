@@ -5,6 +5,8 @@ x0 | y ~ N(y·τ²/(τ²+ρ²), τ²ρ²/(τ²+ρ²)) are all in closed form.
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
@@ -22,6 +24,7 @@ from clipward.guidance.core import (
     GuidanceInterval,
     GuidedDenoiser,
     RefuseFlat,
+    SplitDenoiser,
     Sum,
     grad_clean,
     grad_denoised,
@@ -311,6 +314,27 @@ def test_guidances_together_each_see_what_came() -> None:
         torch.testing.assert_close(getattr(both, field), getattr(plain, field) + sum(moves))
     sequential = two(one(plain, x, step), x, step)
     assert not torch.allclose(sequential.x0, both.x0)
+
+
+@pytest.mark.parametrize("broken", [0, 1, 2])
+def test_a_part_that_is_computed_again_fits_the_others(broken: int) -> None:
+    x, step = torch.randn(3, 1, 4, 4), SCHEDULE.step(400, 380)
+    again = []
+
+    def denoise(image: torch.Tensor, step: Step) -> Prediction:
+        pred = ideal(image, step)._replace(variance=torch.tensor(step.posterior_variance))
+        first = torch.equal(image, x[broken : broken + 1]) and not again
+        return pred._replace(x0=pred.x0 * torch.nan) if first else pred
+
+    @contextmanager
+    def in_float32() -> Iterator[None]:
+        again.append(True)
+        yield
+
+    found = SplitDenoiser([GuidedDenoiser(denoise, [], in_float32) for _ in range(3)], 1)(x, step)
+    torch.testing.assert_close(found.x0, ideal(x, step).x0)
+    assert again == [True]
+    assert found.variance.ndim == 0
 
 
 def test_what_half_precision_breaks_is_computed_again_and_nothing_else() -> None:

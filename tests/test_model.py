@@ -43,6 +43,21 @@ def test_a_call_may_have_settings_of_its_own(tiny_weights: Path, tiny_clip: Path
     assert model.network(torch.zeros(1, 3, 16, 16), torch.zeros(1)).shape == (1, 3, 16, 16)
 
 
+def test_no_image_prompt_is_none(tiny_weights: Path, tiny_clip: Path) -> None:
+    model = clipward.load(tiny_weights, clip=str(tiny_clip), skip_steps=2)
+    plain = model.sample(return_tensors=True)
+    assert torch.equal(model.sample(return_tensors=True, image_prompt=None), plain)
+
+
+def test_pictures_can_be_guided_within_inference_mode(tiny_weights: Path, tiny_clip: Path) -> None:
+    def draw() -> torch.Tensor:
+        return clipward.load(tiny_weights, clip=str(tiny_clip), skip_steps=2).sample(TEXT, return_tensors=True)
+
+    with torch.inference_mode():
+        found = draw()
+    assert torch.equal(found, draw())
+
+
 def test_threads_may_share_a_model(tiny_weights: Path, tiny_clip: Path) -> None:
     model = clipward.load(tiny_weights, clip=str(tiny_clip))
     calls = [{"skip_steps": steps, "negative_text": unwanted} for steps in (2, 3, 4) for unwanted in (None, "a hat")]
@@ -74,6 +89,19 @@ def test_a_model_that_fit_made(tmp_path: Path, tiny_clip: Path) -> None:
         (lambda model: model.sample("a man", skip_steps=0), "skip_steps: got 0, expected 1 to 100"),
         (lambda model: model.sample("a man"), "clip: got none"),
         (lambda model: clipward.load("nothing.pt"), "weights: .*nothing.pt"),
+        (lambda model: model.sample(var_type="fixed"), "var_type: got 'fixed', expected one of fixed_small, "),
+        (lambda model: model.sample(skip_type="even"), "skip_type: got 'even', expected one of uniform, "),
+        *(
+            (
+                lambda model, given=given: model.sample(method="dsg", **given),
+                f"method: got dsg with the steps of {name}",
+            )
+            for given, name in (({"ddim": True}, "ddim"), ({"solver": "sde_dpmpp_2m"}, "sde_dpmpp_2m"))
+        ),
+        (
+            lambda model: clipward.load("faces64", clip=["a", "b"], clip_weights=[float("inf"), 1.0]),
+            "clip_weights: got \\[inf, 1.0\\], expected a number above 0 for each of 2 CLIPs",
+        ),
         (lambda model: clipward.load("faces64", method="magic"), "method: got 'magic', expected auto or one of"),
     ],
 )

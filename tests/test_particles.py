@@ -17,7 +17,7 @@ from clipward.diffusion.schedule import Step, time_travel
 from clipward.diffusion.solvers import SOLVERS
 from clipward.errors import InputError
 from clipward.networks.unet import UNet
-from clipward.sampler import Sampler
+from clipward.sampler import Sampler, is_out_of_memory
 from clipward.sampling_config import SamplingConfig
 
 COUNT = 65536
@@ -48,6 +48,24 @@ def land(of_noisy: bool, make_update=lambda: ancestral, repeats: int = 1) -> Ten
     update = Resampling(make_update(), log_potential, GROUPS, [5, 6, 7], steps)
     *_, last = sample(ideal, steps, update, Scalars([5, 6, 7], ()))
     return last.x.reshape(len(WEIGHTS), COUNT)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"),
+            True,
+        ),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("CUDA error: device-side assert triggered"), False),
+    ],
+)
+def test_errors_of_memory_are_known(error: RuntimeError, expected: bool) -> None:
+    assert is_out_of_memory(error) == expected
 
 
 @pytest.mark.parametrize("of_noisy", [True, False], ids=["of x_t", "of x̂0"])

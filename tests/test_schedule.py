@@ -108,6 +108,15 @@ def test_the_posterior_variance_is_that_of_ho_et_al() -> None:
     assert Schedule.from_name("linear").step(0, -1).posterior_variance == 0
 
 
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_the_last_step_has_the_variance_of_the_one_before(name: str) -> None:
+    schedule = Schedule.from_name(name)
+    for n in (2, 50, 1000):
+        *_, before, last = schedule.steps(n)
+        assert last.variance_floor == before.posterior_variance
+    assert schedule.steps(1)[-1].variance_floor == schedule.step(1, 0).posterior_variance
+
+
 def test_time_travel_goes_back_up_and_ends_at_the_data() -> None:
     steps = Schedule.from_name("cosine").steps(3)
     walk = [(step.t, step.s) for step in time_travel(steps, 2)]

@@ -18,9 +18,10 @@ from clipward.cli import main
 from clipward.datamodules.prompts import PromptDataModule
 from clipward.diffusion.denoiser import Prediction
 from clipward.diffusion.sampling import Noise
+from clipward.diffusion.schedule import Step
 from clipward.errors import InputError
 from clipward.evaluation.judges import check_prompt
-from clipward.guidance.core import GradientAscent, Sum, WeightedTexts
+from clipward.guidance.core import GradientAscent, RefuseFlat, Sum, WeightedTexts
 from clipward.guidance.methods import METHODS
 from clipward.guidance.weight_schedule import ScheduledGuidance, WeightSchedule
 from clipward.networks.clip import Clip
@@ -77,7 +78,9 @@ def test_a_text_is_split_as_documented(text: str, parts: list) -> None:
         ("a man | ", r"text: part 2 of 'a man \| ' is empty"),
         ("|", r"text: part 1 of '\|' is empty"),
         (":2", "text: ':2' is empty, expected a sentence"),
-        ("a man | a dog:0", r"text: part 2 of 'a man \| a dog:0' has the weight 0, expected another number than 0"),
+        ("a man | a dog:0", r"text: part 2 of 'a man \| a dog:0' has the weight 0, expected a size from 1e-6"),
+        ("a man | a dog:0.0000000001", r"text: part 2 of 'a man \| a dog:0.0000000001' has the weight 1e-10, expected"),
+        (f"a man | a dog:{'9' * 40}", r"has the weight 1e\+40, expected a size from 1e-6 to 1e6"),
         ("a man:" + "9" * 400, "has the weight inf"),
     ],
 )
@@ -290,6 +293,23 @@ def test_each_step_guides_by_the_factor_of_its_level(tiny_weights: Path, tiny_cl
     nothing = replace(sampler.schedule.step(95, 90))
     assert scheduled(pred, x, nothing) is pred
     assert not scheduled.needs_graph(nothing)
+
+
+def test_where_a_schedule_is_0_no_picture_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tiny_weights: Path, tiny_clip: Path
+) -> None:
+    looked_at = []
+
+    class Look(RefuseFlat):
+        def __call__(self, pred: Prediction, x: torch.Tensor, step: Step) -> Prediction:
+            looked_at.append(step.t)
+            return super().__call__(pred, x, step)
+
+    monkeypatch.setattr("clipward.sampler.RefuseFlat", Look)
+    sampling = {"weight_schedule": "0.4:0 0.41:1"}  # the steps are at 0, 33 and 66 of 100
+    sampler = sampler_of(tiny_weights, method="clip_guidance", clip=str(tiny_clip), sampling=sampling)
+    sampler.sample([FIRST], [1], [90.0])
+    assert looked_at == [66]
 
 
 def test_a_schedule_of_one_changes_no_bit_and_steps_of_0_are_an_interval(tiny_weights: Path, tiny_clip: Path) -> None:

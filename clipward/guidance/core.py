@@ -181,7 +181,10 @@ class SplitDenoiser:
 def _choose(images: Tensor, one: Prediction, other: Prediction) -> Prediction:
     """One prediction for the chosen ``images``, (B,), and another for the rest."""
     chosen = images[:, None, None, None]
-    x0, eps, variance = (torch.where(chosen, a, b) for a, b in zip(one[:3], other[:3], strict=True))
+    x0, eps, variance = (
+        torch.where(chosen, a, b) if a.ndim else a  # a variance without dimensions is that of all images
+        for a, b in zip(one[:3], other[:3], strict=True)
+    )
     if one.unguided_x0 is None or other.unguided_x0 is None:
         return Prediction(x0, eps, variance)
     return Prediction(x0, eps, variance, torch.where(chosen, one.unguided_x0, other.unguided_x0))
@@ -452,7 +455,7 @@ class GradientAscent:
 class SphericalGuidance:
     """Turn the noise of a step towards the gradient and keep its length, √n·σ_t (Yang et al. 2024, DSG, eq. 13).
 
-    It belongs to DDPM's steps, whose noise it turns; a step without noise is not guided.
+    It belongs to DDPM's steps, whose noise it turns: others add another noise, or none.
 
     Args:
         objective: what is raised.

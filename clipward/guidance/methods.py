@@ -67,6 +67,7 @@ class Method:
         interval: the shares of T between which it guides; of an edit, shares of where its walk begins.
         solver: whose steps it takes by default, in place of DDPM's.
         steps: how many of that solver's steps.
+        turns_noise: whether it turns the noise that DDPM's steps add, and so guides no others.
     """
 
     guide: Guide
@@ -79,6 +80,7 @@ class Method:
     interval: tuple[float, float] = (0.0, 1.0)
     solver: SolverName | None = None
     steps: int = 0
+    turns_noise: bool = False
 
     def guidances(self, objectives: Objectives, weight: Tensor) -> list[Guidance]:
         """What changes a prediction: :attr:`guide`, where an image has several texts by their weighted sum."""
@@ -184,7 +186,7 @@ def mpgd(objectives: Objectives, weight: Tensor) -> list[Guidance]:
     return [GradientGuidance(objectives.distance, weight, grad_clean, shift_x0, rho)]
 
 
-@method("step", 1, interval=(0.1, 1))
+@method("step", 1, interval=(0.1, 1), turns_noise=True)
 def dsg(objectives: Objectives, weight: Tensor) -> list[Guidance]:
     """The noise of a step, turned by 0.05 towards −∇_{x_t}‖E_image(x̂0) − E_text‖, to T/10 (Yang et al. 2024)."""
     rate = (0.05 * weight).clamp(max=1)

@@ -32,7 +32,7 @@ from clipward.networks.clip import Clip, text_cosines
 from clipward.networks.sharding import shard
 from clipward.networks.vocabulary import check_attributes
 from clipward.texts import FAULTY, Part, is_one_sentence, split_negative, split_text
-from clipward.values import check_types
+from clipward.values import check_types, is_number
 
 LARGE = 200_000_000  # parameters of an image tower that is worth sharding: ViT-L and larger
 
@@ -69,7 +69,9 @@ class GuidanceConfig:
         if self.neutral is not None and (not self.neutral.strip() or FAULTY.search(self.neutral)):
             raise InputError(f"neutral: got {shorten(self.neutral)}, expected a sentence that is true of any picture")
         weights, names = self.clip_weights, self.clips
-        if weights is not None and (len(weights) != len(names) or not all(weight > 0 for weight in weights)):
+        if weights is not None and not (
+            len(weights) == len(names) and all(is_number(weight) and weight > 0 for weight in weights)
+        ):
             raise InputError(f"clip_weights: got {weights}, expected a number above 0 for each of {len(names)} CLIPs")
 
     @property
