@@ -152,6 +152,11 @@ class Edit:
 EDIT_FIELDS = tuple(field.name for field in fields(Edit))
 
 
+def has_picture(edit: Edit | None) -> bool:
+    """Whether a picture guides."""
+    return edit is not None and edit.image_prompt is not None
+
+
 def to_source(value: Any, field: str) -> Source:
     """A path as text, or what a file of a picture of Pillow would hold.
 

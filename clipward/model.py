@@ -15,10 +15,10 @@ from torch import Tensor
 
 from clipward.allocator import keep_freed_memory
 from clipward.diffusion.schedule import Schedule
-from clipward.editing import Edit
+from clipward.editing import Edit, has_picture
 from clipward.errors import InputError, shorten
 from clipward.files import CHECKPOINTS, CONFIGS, SHIPPED
-from clipward.guidance.models import GuidanceConfig, GuidanceModels, has_picture
+from clipward.guidance.models import GuidanceConfig, GuidanceModels
 from clipward.networks.channels import check_shown
 from clipward.networks.lean import arrange_weights
 from clipward.networks.unet import UNet

@@ -19,7 +19,7 @@ from clipward.diffusion.sampling import Constraint, Inversion, KeepKnown, Noise,
 from clipward.diffusion.sampling import sample as walk
 from clipward.diffusion.schedule import Schedule, Scheduler, Step, time_travel
 from clipward.diffusion.solvers import SOLVERS
-from clipward.editing import Edit, hash_source, list_kinds
+from clipward.editing import Edit, has_picture, hash_source, list_kinds
 from clipward.errors import InputError, shorten
 from clipward.guidance.core import (
     Clamp,
@@ -33,7 +33,7 @@ from clipward.guidance.core import (
     rms,
 )
 from clipward.guidance.methods import METHODS, Method
-from clipward.guidance.models import GuidanceModels, choose_method, fill_empty_texts, has_picture
+from clipward.guidance.models import GuidanceModels, choose_method, fill_empty_texts
 from clipward.guidance.objectives import Objectives
 from clipward.guidance.weight_schedule import ScheduledGuidance, WeightSchedule
 from clipward.networks.channels import check_shown
@@ -112,14 +112,9 @@ class Sampler:
         by_default = max(self.method.repeats, MASK_REPEATS if edit is not None and edit.masked else 1)
         return self.config.repeats or by_default
 
-    @property
-    def steps(self) -> list[Step]:
-        """The steps from pure noise to a picture."""
-        return self.list_steps(None)
-
-    def list_steps(self, edit: Edit | None, repeats: int | None = None) -> list[Step]:
+    def list_steps(self, edit: Edit | None = None, repeats: int | None = None) -> list[Step]:
         """The steps of a walk: with an init image, those that begin below its strength."""
-        steps = self.schedule.walk(self.count_steps(edit), self.scheduler(edit))
+        steps = self.schedule.steps(self.count_steps(edit), self.scheduler(edit))
         if edit is not None and edit.strength is not None:
             steps = [step for step in steps if step.t < edit.strength * len(self.schedule)]
         return time_travel(steps, repeats or self.repeats(edit))

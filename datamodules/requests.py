@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from clipward.editing import EDIT_FIELDS, Edit
+from clipward.editing import EDIT_FIELDS, Edit, has_picture
 from clipward.errors import InputError, list_names, shorten
 from clipward.texts import check_text
 from clipward.values import ClassLabel, check_label, check_seed, check_weight
@@ -50,8 +50,7 @@ def check_request(text: Any, seed: Any, guidance_weight: Any, edit: Edit | None 
         InputError: for any that it can't have.
     """
     text, seed, guidance_weight = check_text(text), check_seed(seed), check_weight(guidance_weight)
-    like_a_picture = edit is not None and edit.image_prompt is not None
-    if guidance_weight and not text.strip() and not like_a_picture:
+    if guidance_weight and not text.strip() and not has_picture(edit):
         raise InputError(
             f"text: got {shorten(text)}, expected a sentence; use guidance_weight 0 for an unguided picture"
         )

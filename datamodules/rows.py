@@ -10,7 +10,7 @@ from typing import Any
 from clipward.datamodules.edits import Edits
 from clipward.datamodules.loading import load_from_hub
 from clipward.datamodules.requests import Request, check_columns, check_request
-from clipward.editing import Edit
+from clipward.editing import Edit, has_picture
 from clipward.errors import InputError, first_line, shorten
 from clipward.texts import FAULTY, MARKS, check_text
 from clipward.values import ClassLabel, check_label
@@ -47,7 +47,7 @@ class Product:
         for text in [] if isinstance(texts, _Texts) else texts:
             if not check_text(text).strip():
                 raise InputError(f"text: got {shorten(text)}, expected a sentence; leave it out for unguided pictures")
-        if not texts and any(edit is not None and edit.image_prompt is not None for edit in edits):
+        if not texts and any(map(has_picture, edits)):
             texts = [""]  # the picture guides alone
         self.texts, self.weights, self.seeds, self._edits, self.first = texts, weights, seeds, edits, first
         self.kinds = 1  # of edits, which differ in their picture alone
@@ -136,10 +136,7 @@ class Rows:
 
     def has_texts(self) -> bool:
         """Whether a picture is compared with a text, or with a picture in its place."""
-        return any(
-            text or any(edit is not None and edit.image_prompt is not None for edit in edits)
-            for text, _, _, edits, _ in self._parts()
-        )
+        return any(text or any(map(has_picture, edits)) for text, _, _, edits, _ in self._parts())
 
     def edits(self) -> Iterator[Edit | None]:
         """Those of the requests."""

@@ -30,7 +30,7 @@ from clipward.weights.architecture import Architecture, Weights
 from clipward.weights.diffusers import save_diffusers
 from clipward.weights.load import load_weights, save_weights
 
-STEP = replace(Architecture().noise_schedule().steps(10, "uniform")[5])
+STEP = replace(Architecture().noise_schedule().steps(10)[5])
 
 
 def architecture(channels: int = 3, size: int | tuple[int, int] = 16) -> Architecture:

@@ -155,7 +155,7 @@ def test_samples_are_of_the_class(weight: float, label: int) -> None:
         ClassConditional(Mixture(schedule), 1, torch.full((4,), label), weight), "eps", "fixed_small"
     )
     noise = Noise(range(4), (1, 32, 32))
-    *_, last = sample(denoise, schedule.steps(100, "uniform"), ancestral, noise)
+    *_, last = sample(denoise, schedule.steps(100), ancestral, noise)
     found, count = last.x, last.x.numel()
     if weight:  # guidance moves away from the other class
         assert MEANS[1] < found.mean() < MEANS[1] + 0.1
@@ -168,7 +168,7 @@ def test_samples_are_of_the_class(weight: float, label: int) -> None:
 def test_the_gradient_of_a_text_goes_through_both_passes() -> None:
     """Against finite differences of the objective of the mixed prediction, in float64."""
     schedule = Schedule.from_name("cosine", 100)
-    step = schedule.steps(10, "uniform")[4]
+    step = schedule.steps(10)[4]
     conditional = ClassConditional(Mixture(schedule), 1, torch.tensor([0]), weight=1.3)
     denoise = NetworkDenoiser(conditional, "eps", "fixed_small")
 

@@ -121,8 +121,8 @@ def test_what_a_person_says_comes_first(network: UNet2DModel, tmp_path: Path) ->
     torch.testing.assert_close(walk(folder, 5, ddim=False), walk(plain, 5, ddim=False))
     same(walk(folder, 5, skip_type="leading"), walk_theirs(_with(scheduler, "leading"), network, 5))
     model = clipward.load(str(folder), device="cpu", ddim=True, skip_type="trailing")
-    assert [(step.t, step.s) for step in model.sampler.steps][-1] == (19, -1)
-    assert all(a.s == b.t for a, b in zip(model.sampler.steps, model.sampler.steps[1:], strict=False))
+    assert [(step.t, step.s) for step in model.sampler.list_steps()][-1] == (19, -1)
+    assert all(a.s == b.t for a, b in zip(model.sampler.list_steps(), model.sampler.list_steps()[1:], strict=False))
     assert model.sampler.settings()["sampler"] == "ddim(eta=0)"
     assert clipward.load(str(folder), solver="unipc").sampler.settings() | {"skip_type": ""} == {
         **clipward.load(str(plain), solver="unipc").sampler.settings(),

@@ -491,7 +491,7 @@ def test_the_objective_of_a_picture_is_its_cosine_and_is_added_to_that_of_a_text
     tiny_weights: Path, tiny_clip: Path, picture: str
 ) -> None:
     sampler = make_guided(tiny_weights, tiny_clip, "clip_guidance")
-    clip, step = sampler.models.clips[0], sampler.steps[0]
+    clip, step = sampler.models.clips[0], sampler.list_steps()[0]
     image = torch.rand(2, 3, 16, 16) * 2 - 1
     prompt = clip.encode_image(Edit(picture).read_image((3, 16, 16))[None])
     of_picture, of_text = (

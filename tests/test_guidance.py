@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clipward.diffusion.denoiser import Prediction, add_noise, to_eps
 from clipward.diffusion.sampling import MakeUpdate, Noise, ancestral, ddim, sample
-from clipward.diffusion.schedule import Schedule, Step
+from clipward.diffusion.schedule import Schedule, Scheduler, Step
 from clipward.diffusion.solvers import SOLVERS
 from clipward.guidance.core import (
     Clamp,
@@ -103,7 +103,7 @@ FIRST_ORDER: dict[str, MakeUpdate] = {"ancestral": lambda: ancestral, "ddim": la
 def test_score_addition_lands_on_the_posterior_mean_in_any_number_of_steps(solver: str, n: int) -> None:
     make_update: MakeUpdate = (FIRST_ORDER | SOLVERS)[solver]
     guidance = GradientGuidance(noisy_log_likelihood, torch.ones(64), grad_noisy, shift_eps)
-    denoise, steps = GuidedDenoiser(ideal, [guidance]), SCHEDULE.steps(n, "trailing")
+    denoise, steps = GuidedDenoiser(ideal, [guidance]), SCHEDULE.steps(n, Scheduler(skip_type="trailing"))
     *_, last = sample(denoise, steps, make_update(), Noise(range(64), (1, 16, 16)))
     # with a memory, what is remembered and what guides are of different orders, and their errors do not cancel
     close = 0.01 if solver in FIRST_ORDER else 0.02 if n == 250 else 0.12
@@ -128,7 +128,7 @@ def test_a_limit_moves_a_picture_as_far_in_any_number_of_steps(solver: str, drif
 
     make_update: MakeUpdate = (FIRST_ORDER | SOLVERS)[solver]
     guidance = GradientGuidance(brightness, torch.full((64,), 1e6), grad_noisy, shift_eps, limit=0.2)
-    denoise, steps = GuidedDenoiser(unit, [guidance]), SCHEDULE.steps(n, "trailing")
+    denoise, steps = GuidedDenoiser(unit, [guidance]), SCHEDULE.steps(n, Scheduler(skip_type="trailing"))
     *_, last = sample(denoise, steps, make_update(), Noise(range(64), (1, 16, 16)))
     assert last.x.mean().item() / 0.2 == pytest.approx(drift, rel=0.06 + 1.5 / n)
 

@@ -77,7 +77,7 @@ def test_a_phrase_may_have_several_spellings() -> None:
 def answers(module: DDPMModule, text: list[str], image: torch.Tensor, method: str = "contrastive") -> torch.Tensor:
     module.configure_model()
     objectives = module.models.objectives(METHODS[method], text, None, torch.device("cpu"))
-    return objectives.log_likelihood(image, module.sampler.steps[0])
+    return objectives.log_likelihood(image, module.sampler.list_steps()[0])
 
 
 def test_the_log_likelihood_compares_with_contrast_captions_group_by_group(
@@ -87,7 +87,7 @@ def test_the_log_likelihood_compares_with_contrast_captions_group_by_group(
     module = tiny_module(**clips, contrasts=GROUPS, neutral="a face")
     image, text = torch.randn(4, 3, 16, 16), ["an old man", "a girl with red hair", "an old man", "a tree"]
     found = answers(module, text, image)
-    clip, step = module.models.noisy_clip, module.sampler.steps[0]
+    clip, step = module.models.noisy_clip, module.sampler.list_steps()[0]
     features = clip.encode_image(image, step.alpha_bar_t)
 
     def log_p(i: int, *captions: str) -> torch.Tensor:
@@ -119,12 +119,12 @@ def test_a_picture_far_from_all_contrasts_still_has_a_gradient(noisy_clip: str, 
     module.configure_model()
     clip = module.models.noisy_clip
     image = torch.randn(1, 3, 16, 16).requires_grad_()
-    features = clip.encode_image(image, module.sampler.steps[0].alpha_bar_t)
+    features = clip.encode_image(image, module.sampler.list_steps()[0].alpha_bar_t)
     texts = sorted(["an old man", "a young man"], key=lambda text: (features @ clip.encode_text([text]).T).item())
     apart = (features @ (clip.encode_text([texts[1]]) - clip.encode_text([texts[0]])).T).item()
     with torch.no_grad():
         clip.model.logit_scale.fill_(torch.tensor(40 / apart).log())  # log p = -e⁻⁴⁰
-    score = ContrastiveLogLikelihood(clip, texts[1:], GROUPS[:1], noisy=True)(image, module.sampler.steps[0])
+    score = ContrastiveLogLikelihood(clip, texts[1:], GROUPS[:1], noisy=True)(image, module.sampler.list_steps()[0])
     gradient = torch.autograd.grad(score.sum(), image)[0]
     assert 0 < gradient.abs().max() < 1e-10
 

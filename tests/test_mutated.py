@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from clipward.cli.again import KINDS, NEEDED, read_record, to_settings
-from clipward.diffusion.schedule import Schedule, ScheduleName, SkipType
+from clipward.diffusion.schedule import Schedule, ScheduleName, Scheduler, SkipType
 from clipward.errors import InputError
 from clipward.networks.classifier import load_classifier
 from clipward.networks.clip import Clip
@@ -51,7 +51,7 @@ def test_any_schedule_falls_to_data_in_the_steps_asked_for(
 ) -> None:
     try:
         schedule = Schedule.from_name(name, count, betas)
-        steps = schedule.steps(n, skip_type)
+        steps = schedule.steps(n, Scheduler(skip_type=skip_type))
     except InputError as error:
         one_line(error)
         return

@@ -22,7 +22,7 @@ def test_alpha_bar_is_that_of_diffusers(name: str, theirs: str) -> None:
 @pytest.mark.parametrize("skip_type", get_args(SkipType))
 @pytest.mark.parametrize("n", [1, 2, 7, 50, 300, 800])
 def test_exactly_n_steps_that_meet_and_never_repeat(skip_type: str, n: int, name: str) -> None:
-    steps = Schedule.from_name(name).steps(n, skip_type)
+    steps = Schedule.from_name(name).steps(n, Scheduler(skip_type=skip_type))
     assert len(steps) == n
     assert 0 <= steps[-1].t <= steps[0].t < 1000
     assert all(step.t > step.s for step in steps)
@@ -35,12 +35,12 @@ def test_exactly_n_steps_that_meet_and_never_repeat(skip_type: str, n: int, name
 @pytest.mark.parametrize("n", [1, 2, 7, 60, 99, 100])
 def test_equal_strides_end_once(skip_type: str, n: int) -> None:
     schedule = Schedule.from_name("linear", 100)
-    steps = schedule.walk(n, Scheduler("ddim", skip_type, equal_strides=True))
+    steps = schedule.steps(n, Scheduler("ddim", skip_type, equal_strides=True))
     assert [step.s for step in steps].index(-1) == n - 1
     assert all(step.t - step.s == 100 // n for step in steps[:-1])
     above = steps[-1].t - 100 // n  # as diffusers' DDIM, which may not reach data where n does not divide T
     assert steps[-1].alpha_bar_s == (schedule.alpha_bar[above] if above >= 0 else 1)
-    kept = schedule.walk(n, Scheduler("ddim", skip_type, equal_strides=True, to_data=False))
+    kept = schedule.steps(n, Scheduler("ddim", skip_type, equal_strides=True, to_data=False))
     assert kept[-1].alpha_bar_s == schedule.alpha_bar[max(above, 0)]
 
 
@@ -48,7 +48,7 @@ def test_where_the_skip_types_go() -> None:
     schedule = Schedule.from_name("linear")
 
     def times(skip_type: str) -> list[int]:
-        return [step.t for step in schedule.steps(50, skip_type)]
+        return [step.t for step in schedule.steps(50, Scheduler(skip_type=skip_type))]
 
     assert times("uniform") == list(range(980, -1, -20))
     assert (times("uniform2")[0], times("uniform2")[-1]) == (999, 0)
@@ -56,7 +56,10 @@ def test_where_the_skip_types_go() -> None:
     assert times("trailing") == list(range(999, 0, -20))
     for skip_type in ("karras", "logsnr"):
         assert (times(skip_type)[0], times(skip_type)[-2:]) == (999, [1, 0])
-    assert all(schedule.steps(1, skip_type)[0].t == 999 for skip_type in ("uniform2", "trailing", "karras", "logsnr"))
+    assert all(
+        schedule.steps(1, Scheduler(skip_type=skip_type))[0].t == 999
+        for skip_type in ("uniform2", "trailing", "karras", "logsnr")
+    )
 
 
 THEIR_SPACING = {
@@ -78,7 +81,7 @@ def test_the_times_are_those_of_diffusers(skip_type: str, name: str, n: int) -> 
     scheduler.alphas_cumprod = schedule.alpha_bar  # in float64, so that both round alike
     scheduler.register_to_config(beta_schedule="linear")  # it would not round those of a cosine
     scheduler.set_timesteps(n)
-    times, ours = scheduler.timesteps.tolist(), [step.t for step in schedule.steps(n, skip_type)]
+    times, ours = scheduler.timesteps.tolist(), [step.t for step in schedule.steps(n, Scheduler(skip_type=skip_type))]
     if len(set(times)) == n:
         assert ours == times
     else:
@@ -86,7 +89,7 @@ def test_the_times_are_those_of_diffusers(skip_type: str, name: str, n: int) -> 
 
 
 def test_where_rounded_times_meet_they_move_to_the_next() -> None:
-    times = [step.t for step in Schedule.from_name("cosine").steps(16, "karras")]
+    times = [step.t for step in Schedule.from_name("cosine").steps(16, Scheduler(skip_type="karras"))]
     assert times[:6] == [999, 998, 997, 996, 995, 994]
 
 
@@ -136,7 +139,7 @@ def test_time_travel_goes_back_up_and_ends_at_the_data() -> None:
 )
 def test_bad_steps_are_refused(n: int, skip_type: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
-        Schedule.from_name("linear").steps(n, skip_type)
+        Schedule.from_name("linear").steps(n, Scheduler(skip_type=skip_type))
 
 
 def test_a_schedule_that_does_not_fall_is_refused() -> None:

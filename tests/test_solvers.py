@@ -19,7 +19,7 @@ from clipward.cli import main
 from clipward.datamodules.prompts import PromptDataModule
 from clipward.diffusion.denoiser import NetworkDenoiser, Prediction, to_eps, to_x0
 from clipward.diffusion.sampling import Noise, Update, ancestral, ddim, sample
-from clipward.diffusion.schedule import Schedule, Step, time_travel
+from clipward.diffusion.schedule import Schedule, Scheduler, Step, time_travel
 from clipward.diffusion.solvers import SOLVERS, DpmSolver
 from clipward.editing import Edit
 from clipward.errors import InputError
@@ -126,7 +126,7 @@ def distance(ours: Tensor, theirs: Tensor) -> float:
 @pytest.mark.parametrize("n", [1, 2, 3, 16])
 def test_a_whole_walk_equals_diffusers(solver: str, name: str, parametrisation: str, skip_type: str, n: int) -> None:
     schedule, noise = Schedule.from_name(name), Noise64([3, 4], SHAPE)
-    steps = schedule.steps(n, skip_type)
+    steps = schedule.steps(n, Scheduler(skip_type=skip_type))
     network = Smooth(schedule, parametrisation)
     *_, last = sample(InFloat64(network, parametrisation), steps, SOLVERS[solver](), noise)
     scheduler = scheduler_of(
@@ -162,7 +162,7 @@ def test_a_walk_of_a_network_equals_diffusers_as_it_comes(network: UNet, solver:
     scheduler.alphas_cumprod = schedule.alpha_bar  # in float64, so that both round alike
     scheduler.set_timesteps(12)
     times = scheduler.timesteps.tolist()
-    steps = schedule.steps(12, spacing)
+    steps = schedule.steps(12, Scheduler(skip_type=spacing))
     assert [step.t for step in steps] == times
     if spacing != "trailing":
         levels = schedule.alpha_bar[times]
@@ -248,7 +248,7 @@ def test_the_error_falls_with_the_square_of_the_steps_or_faster() -> None:
 
 
 def test_the_solver_with_noise_keeps_the_variance_in_few_steps() -> None:
-    steps = Schedule.from_name("linear").steps(25, "logsnr")
+    steps = Schedule.from_name("linear").steps(25, Scheduler(skip_type="logsnr"))
     spread = {}
     for name, update in (("ddpm", ancestral), ("sde", DpmSolver(noisy=True))):
         *_, last = sample(ideal, steps, update, Noise(range(64), (3, 16, 16)))

@@ -140,7 +140,7 @@ def test_the_gradient_is_the_weighted_sum_of_the_gradients_of_the_parts(
                          classifier=classifier, contrasts=GROUPS, neutral="a person")  # fmt: skip
     module.configure_model()
     models, image, weight = module.models, torch.randn(1, 3, 16, 16), torch.ones(1)
-    step = module.sampler.steps[0]
+    step = module.sampler.list_steps()[0]
 
     def parts_of(text: str) -> list:
         objectives = models.objectives(METHODS[method], [text], NOISE, torch.device("cpu"))
@@ -165,7 +165,7 @@ def test_the_gradient_is_the_weighted_sum_of_the_gradients_of_the_parts(
 def test_away_from_a_text_rises_the_probability_of_its_contrast_captions(tiny_clip: Path, noisy_clip: str) -> None:
     module = tiny_module(clip=str(tiny_clip), noisy_clip=noisy_clip, contrasts=GROUPS, neutral="a person")
     module.configure_model()
-    image, step, clip = torch.randn(1, 3, 16, 16), module.sampler.steps[0], module.models.noisy_clip
+    image, step, clip = torch.randn(1, 3, 16, 16), module.sampler.list_steps()[0], module.models.noisy_clip
     objectives = module.models.objectives(METHODS["contrastive"], ["an old man:-2"], NOISE, torch.device("cpu"))
     captions = ["an old man", "a young man", "an old woman", "a person"]
     features = clip.encode_image(image, step.alpha_bar_t)[0]
@@ -177,7 +177,7 @@ def test_away_from_a_text_rises_the_probability_of_its_contrast_captions(tiny_cl
 def test_away_from_a_text_rises_the_probability_that_an_attribute_differs(classifier: str) -> None:
     module = tiny_module(classifier=classifier)
     module.configure_model()
-    image, step = torch.randn(1, 3, 16, 16), module.sampler.steps[0]
+    image, step = torch.randn(1, 3, 16, 16), module.sampler.list_steps()[0]
     objectives = module.models.objectives(METHODS["classifier_guidance"], ["an old man:-1"], NOISE, torch.device("cpu"))
     logits = module.models.classifier(image, step.alpha_bar_t)
     places = {name: list(values).index(value) for name, value, values in

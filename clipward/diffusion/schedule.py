@@ -150,8 +150,8 @@ class Schedule:
         at, as_ = (1.0 if i == -1 else self.alpha_bar[i].item() for i in (t, s))
         return Step(t, s, at, as_)
 
-    def steps(self, n: int, skip_type: SkipType = "uniform") -> list[Step]:
-        """Exactly ``n`` steps from noise to data.
+    def steps(self, n: int, scheduler: Scheduler = Scheduler()) -> list[Step]:
+        """Exactly ``n`` steps from noise to data, as ``scheduler`` says.
 
         ``uniform`` visits ⌊i·T/n⌋, ``leading`` i·⌊T/n⌋, ``uniform2`` spaces the steps from T−1 to 0 evenly, ``quad``
         squares an even spacing of [0, √(0.8·T)] and so spends most steps near the data, none above 0.8·T. ``trailing``
@@ -159,10 +159,6 @@ class Schedule:
         (Karras et al. 2022, eq. 5), and ``logsnr`` in even steps of λ (Lu et al. 2022). Both round to the nearest t, or
         where that is taken to the nearest that is free.
         """
-        return self.walk(n, Scheduler(skip_type=skip_type))
-
-    def walk(self, n: int, scheduler: Scheduler) -> list[Step]:
-        """Exactly ``n`` steps from noise to data, as ``scheduler`` says; see :meth:`steps`."""
         times = self._times(n, scheduler.skip_type)
         if scheduler.skip_type == "leading":
             times = [t + scheduler.offset for t in times]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from clipward.editing import Edit
+from clipward.editing import Edit, has_picture
 from clipward.errors import InputError, shorten
 from clipward.files import state_hash
 from clipward.guidance.contrasts import load_contrasts
@@ -352,11 +352,6 @@ class GuidanceModels:
         if len(names) < 2:
             return next(iter(names), None)
         return " + ".join(f"{weight:g}·{name}" for weight, name in zip(self.weights, names, strict=True))
-
-
-def has_picture(edit: Edit | None) -> bool:
-    """Whether a picture guides."""
-    return edit is not None and edit.image_prompt is not None
 
 
 def read_prompts(clip: Clip, edits: Sequence[Edit | None], device: torch.device) -> Tensor:

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clipward.errors import InputError, first_line, shorten
-from clipward.files import atomic_write, check_state, locate, read_safetensors
+from clipward.files import atomic_write, check_state, locate, read_safetensors, to_storable
 from clipward.networks.channels import to_rgb
 from clipward.networks.noise_level import NoiseConditionedConv, with_noise_level
 from clipward.networks.vocabulary import Vocabulary, check_vocabulary, find_attributes
@@ -67,7 +67,7 @@ class Classifier(nn.Module):
         return torch.stack(sums).mean()
 
     def find_attributes(self, text: str) -> dict[str, str]:
-        """What a text names; see :func:`named`."""
+        """What a text names; see :func:`find_attributes`."""
         return find_attributes(self.vocabulary, text)
 
     def features(self, image: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class Classifier(nn.Module):
 def save_classifier(path: Path, classifier: Classifier) -> None:
     """Write safetensors in half precision, atomically."""
     header = {name: getattr(classifier, name) for name in ("vocabulary", "width", "noise_aware")}
-    state = {name: value.half().contiguous().cpu() for name, value in classifier.state_dict().items()}
+    state = to_storable(classifier.state_dict(), half=True)
     with atomic_write(path) as aside:
         save_file(state, aside, {"format": FORMAT, "classifier": json.dumps(header)})
 

@@ -6,7 +6,8 @@ writes ours under their names.
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -82,7 +83,11 @@ def _part_of_qkv(qkv: Tensor, part: str, head_channels: int | None) -> Tensor:
 
 def count_keys(state: State, pattern: str) -> int:
     """How many of ``pattern`` with 0, 1, 2, … in place of ``{}`` are in ``state`` without a gap."""
-    return next(n for n in itertools.count() if pattern.format(n) not in state)
+    return _count(lambda name: name in state, pattern)
+
+
+def _count(has: Callable[[str], bool], pattern: str) -> int:
+    return next(n for n in itertools.count() if not has(pattern.format(n)))
 
 
 def infer_config(state: State, naming: Naming, **family: Any) -> UNetConfig:
@@ -109,8 +114,7 @@ def infer_config(state: State, naming: Naming, **family: Any) -> UNetConfig:
     def has(name: str) -> bool:
         return rename_key(name, naming) in state
 
-    def count(pattern: str) -> int:
-        return next(n for n in itertools.count() if not has(pattern.format(n)))
+    count = partial(_count, has)
 
     levels = range(count("down.{}.blocks.0.conv2.weight"))
     channels = tuple(shape(f"down.{level}.blocks.0.conv2.weight")[0] for level in levels)
