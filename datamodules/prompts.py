@@ -32,8 +32,8 @@ class PromptDataModule(L.LightningDataModule):
             rows that have ``text`` and may have ``seed``, ``guidance_weight``, ``class_label`` and the arguments of an
             edit, and nothing else, each a request (``n_samples`` seeds of it where it names no seed): a ``.jsonl``
             file, a ``.parquet`` file, a data set on the hub, or in Python what gives dictionaries whenever it is
-            iterated, such as a streaming set of ``datasets``. Files are checked as a whole first and then read row by
-            row; a stream is checked as it comes.
+            iterated, such as a streaming set of ``datasets``. All rows are checked before the first picture, and then
+            read one by one: what is given must have an end, and give the same rows each time.
         micro_batch: pictures that are sampled at once on each device; ``auto`` is as many as fit on a GPU, and 16
             on a CPU.
         first_index: the number of the first picture, whose file has it as its name; not with ``prompts``.
