@@ -148,10 +148,13 @@ class PromptDataModule(L.LightningDataModule):
 
     def _loader(self, requests: Iterable[Request]) -> DataLoader:
         rank, world = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-        size = self.micro_batch
+        done, size = self.done, self.micro_batch
+        if isinstance(self.requests, Sized):  # a folder may hold more, which would make the batches seem fewer
+            asked = range(self.requests.first, self.requests.first + len(self.requests))
+            done = {index for index in done if index in asked}
         if size == "auto":  # where memory runs out on a GPU, it is halved; a CPU would swap
             size = 256 if self.trainer is not None and self.trainer.strategy.root_device.type == "cuda" else 16
-        return DataLoader(Dealt(requests, size, self.done, rank, world, self.requests.kinds), batch_size=None)
+        return DataLoader(Dealt(requests, size, done, rank, world, self.requests.kinds), batch_size=None)
 
 
 class Dealt(IterableDataset):

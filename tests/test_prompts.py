@@ -109,6 +109,14 @@ def test_batches_are_lists_and_leave_out_what_is_done() -> None:
     ]
 
 
+def test_what_is_done_beyond_the_requests_leaves_none_out() -> None:
+    data = PromptDataModule(n_samples=6, micro_batch=2)
+    data.done = {0, 1, 6, 7, 8}
+    loader = data.predict_dataloader()
+    assert [index for batch in loader for index in batch["index"]] == [2, 3, 4, 5]
+    assert len(loader.dataset) == 2  # where it were less, Lightning would stop early
+
+
 def dealt(requests: Iterable[Request], micro_batch: int, world: int, done: Set[int] = frozenset()) -> list[list[dict]]:
     return [list(Dealt(requests, micro_batch, done, rank, world)) for rank in range(world)]
 
