@@ -2,10 +2,11 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Set, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set, Sized
 from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,18 +34,43 @@ from clipward.callbacks.gallery_page import write_page
 from clipward.callbacks.progress import Frames, format_rows
 from clipward.callbacks.signals import StopSignals
 from clipward.diffusion.sampling import State
-from clipward.editing import EDIT_FIELDS, Edit, find_changed
+from clipward.editing import EDIT_FIELDS, PICTURES, Edit
 from clipward.errors import InputError, shorten
 from clipward.files import FolderLock, atomic_write, check_writable
-from clipward.sampler import HasSampler, to_picture
+from clipward.sampler import HasSampler, Sampler, to_picture
+from clipward.values import ClassLabel
 from clipward.yaml_files import read_yaml
 
 PACKAGES = ("clipward", "torch", "lightning", "open_clip_torch")
-HASHES = ("weights_hash", "clip_hash", "noisy_clip_hash", "classifier_hash")
+# fields that all pictures of a run have in common and its config doesn't tell, and what they are of
+SOURCES = {
+    "weights_hash": "other weights",
+    "clip_hash": "other weights",
+    "noisy_clip_hash": "other weights",
+    "classifier_hash": "other weights",
+    "contrasts": "other contrasts",
+}
 # settings that do not change the pictures
 WITHOUT_EFFECT = ("trainer", "data", "micro_batch", "save_dir", "overwrite", "shard_size", "seed_everything")
 GRID_ROWS, GRID_COLUMNS = 16, 24
 HEADER = "# lightning.pytorch=="  # of a config that a command wrote
+
+
+class Request(Protocol):
+    """What one picture is made of."""
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def seed(self) -> int: ...
+    @property
+    def guidance_weight(self) -> float: ...
+    @property
+    def class_label(self) -> ClassLabel: ...
+    @property
+    def edit(self) -> Edit | None: ...
 
 
 class HasFirst(Protocol):
@@ -52,12 +78,18 @@ class HasFirst(Protocol):
 
     first: int
 
+    def __iter__(self) -> Iterator[Request]: ...
+
 
 class HasDone(Protocol):
-    """A data module that leaves out the requests whose indices are in ``done``, of all ``requests``."""
+    """A data module that leaves out the requests whose indices are in ``done``, of all ``requests``.
+
+    It calls ``before_dealing`` first, when the model is loaded, which may change ``done``.
+    """
 
     done: Set[int]
     requests: HasFirst
+    before_dealing: Callable[[], None] | None
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -79,6 +111,7 @@ class PredictionWriter(BasePredictionWriter):
         shard_size: pictures a shard.
         expected: hashes of weights, by their names in the metadata, which a picture that is made again must have.
         save_progress: write a filmstrip and an animation of each picture on its way, too.
+        keeps_more: whether pictures of an earlier run that had more requests stay.
     """
 
     def __init__(
@@ -90,6 +123,7 @@ class PredictionWriter(BasePredictionWriter):
         shard_size: int = 1000,
         expected: Mapping[str, str] | None = None,
         save_progress: bool = False,
+        keeps_more: bool = False,
     ) -> None:
         super().__init__("batch")
         if save_progress and output != "files":
@@ -98,10 +132,11 @@ class PredictionWriter(BasePredictionWriter):
             raise InputError(f"shard_size: got {shard_size}, expected 1 or more")
         self.save_dir, self.config, self.overwrite = Path(save_dir), config, overwrite
         self.gallery, self.shard_size = Gallery(self.save_dir, output, progress=save_progress), shard_size
-        self.expected = dict(expected or {})
+        self.expected, self.keeps_more = dict(expected or {}), keeps_more
         self.lock = FolderLock(self.save_dir / LOCK)
         self.signals = StopSignals()
         self.begun = False
+        self.replaces = False  # pictures of the same command that were made from something else
 
     def finished(self) -> set[int]:
         """The indices of the requests that an earlier run of this command has finished.
@@ -135,6 +170,8 @@ class PredictionWriter(BasePredictionWriter):
             if self.config.startswith(HEADER) and not read_config(file).startswith(HEADER):
                 raise InputError(f"save_dir: {file} was not written by predict; move it or use another folder")
             return set()
+        if self.replaces:
+            return set()
         self.gallery.drop_damaged(row for _, row in self._shown())
         return self.gallery.indices()
 
@@ -157,15 +194,22 @@ class PredictionWriter(BasePredictionWriter):
 
     def setup(self, trainer: L.Trainer, pl_module: HasSampler, stage: str) -> None:
         requests: HasDone = trainer.datamodule
+        self.begun = self.replaces = False
         # One process looks at the folder, so that all leave out the same requests.
         done = self.check(requests.requests) if trainer.is_global_zero else set()
         requests.done = trainer.strategy.broadcast(done)
+        # What a picture was made from is known once the model is loaded, and what is done must be by then.
+        requests.before_dealing = lambda: self._compare(trainer, pl_module)
         self.gallery.rank = trainer.global_rank
 
-    def on_predict_start(self, trainer: L.Trainer, pl_module: HasSampler) -> None:
+    def _compare(self, trainer: L.Trainer, pl_module: HasSampler) -> None:
+        """Compare what the finished pictures were made from with what this run would make them from.
+
+        Raises:
+            InputError: where that differs, unless they are replaced.
+        """
         self.signals.install()  # again, for the Trainer has its own by now, which nothing looks at while it predicts
         requests: HasDone = trainer.datamodule
-        self.begun = False
         provenance = pl_module.provenance()
         self._check_expected(provenance)
         candidates = provenance.get("candidates", 1)
@@ -174,9 +218,38 @@ class PredictionWriter(BasePredictionWriter):
         if trainer.is_global_zero:
             if (self.save_dir / CONFIG_FILE).is_file():
                 self._take_lock()
-            if requests.done:
-                self._check_same_weights(provenance)
-                self._check_same_files()
+            asked = requests.requests
+            difference = self.find_difference(asked, provenance, pl_module.sampler) if requests.done else ""
+            if difference and not self.overwrite:
+                raise InputError(
+                    f"save_dir: {self.save_dir} holds pictures {difference}; use another folder or --overwrite true"
+                )
+            self.replaces = bool(difference)
+            if self.replaces:
+                self.check(asked)  # for more names will be written by now
+        if trainer.strategy.broadcast(self.replaces):
+            requests.done = set()
+
+    def find_difference(self, requests: Iterable[Request], provenance: dict[str, Any], sampler: Sampler) -> str:
+        """Say what the first picture that this run would make otherwise was made from; ``""`` where there is none.
+
+        Rows and requests are read one at a time, for there may be millions.
+        """
+        asked = iter(requests)
+        for row in self.gallery.rows():
+            for name, what in SOURCES.items():
+                there, here = row.get(name), provenance.get(name)
+                if there is not None and here is not None and there != here:  # None had no part in the pictures
+                    return f"of {what} ({name}: {describe_difference(there, here)})"
+            request = next((each for each in asked if each.index == row["index"]), None)
+            if request is None and self.keeps_more:
+                return ""
+            if request is None:
+                return f"of other requests (index {row['index']}: {shorten(row.get('text'))} there, none here)"
+            difference = find_other_request(row, request, sampler)
+            if difference:
+                return difference
+        return ""
 
     def _begin(self, requests: HasDone) -> None:
         """Prepare the folder for this command's pictures. Only one process does, and the others wait."""
@@ -204,26 +277,6 @@ class PredictionWriter(BasePredictionWriter):
                 raise InputError(
                     f"{model}: {provenance[model]} has the hash {here}, but the picture says {there}; give the file "
                     f"that made it with --{'model.guidance.' if model == 'classifier' else ''}{model}"
-                )
-
-    def _check_same_weights(self, provenance: dict[str, Any]) -> None:
-        before = next(self.gallery.rows())
-        for name in HASHES:
-            there, here = before.get(name), provenance.get(name)
-            if here is not None and there != here:  # what is not loaded has no hash, and no part in the pictures
-                raise InputError(
-                    f"save_dir: {self.save_dir} holds pictures of other weights ({name}: {there} there, {here} here); "
-                    "use another folder"
-                )
-
-    def _check_same_files(self) -> None:
-        """Raise :class:`InputError` where a file that finished pictures were made from has changed."""
-        for row in self.gallery.rows():
-            name = find_changed(row)
-            if name is not None:
-                raise InputError(
-                    f"save_dir: {self.save_dir} holds pictures made from an earlier {row[name]} ({name}); use another "
-                    "folder"
                 )
 
     def on_predict_batch_start(self, trainer: L.Trainer, pl_module: HasSampler, batch: Any, *_: Any) -> None:
@@ -364,6 +417,32 @@ def find_difference(theirs: str, ours: str) -> str:
         if has_effect and there.get(key) != here.get(key):
             return f"{key}: {there.get(key)!r} there, {here.get(key)!r} here"
     return ""
+
+
+def find_other_request(row: dict[str, Any], request: Request, sampler: Sampler) -> str:
+    """Say what a row's picture was made from, where its request is another one; ``""`` where it is the same."""
+    asked = {
+        "text": request.text,
+        "seed": request.seed,
+        "guidance_weight": request.guidance_weight,
+        **sampler.describe(None, request.class_label),
+        **({} if request.edit is None else request.edit.to_record()),
+    }
+    for name in ("text", "seed", "guidance_weight", "class_label", *EDIT_FIELDS):
+        key = f"{name}_sha256" if name in PICTURES else name
+        if row.get(key) != asked.get(key):
+            there, here = row.get(name), asked.get(name)
+            if name in PICTURES and there == here:
+                return f"made from an earlier {there} ({name})"
+            return f"of other requests (index {request.index}, {name}: {describe_difference(there, here)})"
+    return ""
+
+
+def describe_difference(there: Any, here: Any) -> str:
+    """Two values for a message; of lists, the first items that differ."""
+    if isinstance(there, list) and isinstance(here, list):
+        there, here = next(pair for pair in zip_longest(there, here) if pair[0] != pair[1])
+    return f"{shorten(there)} there, {shorten(here)} here"
 
 
 def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

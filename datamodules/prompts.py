@@ -1,7 +1,7 @@
 """What ``predict`` reads: requests, dealt to the processes exactly once."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence, Set, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set, Sized
 from dataclasses import fields, replace
 from typing import Any, Literal
 
@@ -77,6 +77,7 @@ class PromptDataModule(L.LightningDataModule):
             micro_batch if micro_batch == "auto" else _check_count("micro_batch", micro_batch, " or auto")
         )
         self.done: Set[int] = frozenset()
+        self.before_dealing: Callable[[], None] | None = None  # called once the model is loaded; it may change `done`
         given = _check_list("guidance_weight", guidance_weight, "numbers", [100.0])
         weights = [check_weight(weight) for weight in given]
         if not weights:
@@ -127,6 +128,8 @@ class PromptDataModule(L.LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         """This process's share of what is not ``done``."""
+        if self.before_dealing is not None:
+            self.before_dealing()
         return self._loader(self.requests)
 
     def test_dataloader(self) -> DataLoader:

@@ -305,6 +305,11 @@ def test_train_and_draw_a_class_by_its_name(
     assert [(row["class_label"], row["class_weight"]) for row in metadata(tmp_path / "out")] == expected
     main(["predict", "--again", "out/000002.png", "--save_dir", "again"])
     assert Path("again/000002.png").read_bytes() == Path("out/000002.png").read_bytes()
+    main([*draw, "--save_dir", "out"])
+    for changed in ({"class_label": 2}, {}):
+        write([*rows[:2], {"text": "a man"} | changed])
+        with pytest.raises(SystemExit, match=rf"index 2, class_label: '{ATTRIBUTES['hair'][3]}' there, '.*' here"):
+            main([*draw, "--save_dir", "out"])
     for label, message in (
         ("green", "class_label: got 'green', expected one of black, brown"),
         (1.5, "prompts: row 4 of 'rows.jsonl': class_label: got 1.5, expected the name or the number of a class"),

@@ -203,6 +203,76 @@ def test_a_finished_folder_notices_that_its_models_have_changed(
             predict(config, tmp_path / "x", *flags, "--n_samples", "1")
         path.write_bytes(whole)
     assert {path.name: path.read_bytes() for path in (tmp_path / "x").iterdir()} == before
+    weights.write_bytes(whole[:-4] + struct.pack("<f", 0.5))
+    predict(config, tmp_path / "x", *flags, "--n_samples", "1", "--overwrite", "true")
+    first, *_ = before["metadata.jsonl"].splitlines()
+    assert metadata(tmp_path / "x")[0]["weights_hash"] != json.loads(first)["weights_hash"]
+
+
+def test_a_finished_folder_notices_that_its_texts_have_changed(config: str, tmp_path: Path) -> None:
+    texts, out = tmp_path / "texts.txt", tmp_path / "x"
+
+    def draw(content: str, *more: str) -> list[tuple[int, str]]:
+        texts.write_text(content)
+        predict(config, out, "--prompts", str(texts), "--n_samples", "2", "--skip_steps", "2", *more)
+        return [(row["seed"], row["text"]) for row in metadata(out)]
+
+    assert draw("an old man\n") == [(0, ""), (0, "an old man"), (1, ""), (1, "an old man")]
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for content, difference in (
+        ("an old man\na young girl\n", "index 2, text: '' there, 'a young girl' here"),
+        ("a man\n", "index 1, text: 'an old man' there, 'a man' here"),
+    ):
+        line = (
+            rf"^error: save_dir: {out} holds pictures of other requests \({difference}\); use another folder or --over"
+        )
+        with pytest.raises(SystemExit, match=line) as stopped:
+            draw(content)
+        assert "\n" not in str(stopped.value.code)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    drawn = draw("an old man\na young girl\n", "--overwrite", "true")
+    assert drawn == [(seed, text) for seed in (0, 1) for text in ("", "an old man", "a young girl")]
+    assert draw("an old man\na young girl\n") == drawn
+    with pytest.raises(SystemExit, match=r"requests \(index 2, text: 'a young girl' there, '' here\)"):
+        draw("an old man\n")
+
+
+def test_lines_at_the_end_of_a_file_of_requests_are_drawn_too(config: str, tmp_path: Path) -> None:
+    rows, out = tmp_path / "rows.jsonl", tmp_path / "x"
+    lines = [{"text": "", "seed": 3, "guidance_weight": 0}, {"text": "a man", "seed": 4, "guidance_weight": 20}]
+
+    def draw(lines: list[dict]) -> list[bytes]:
+        rows.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        predict(config, out, "--prompts", str(rows), "--skip_steps", "2")
+        return [(out / row["file_name"]).read_bytes() for row in metadata(out)]
+
+    first = draw(lines[:1])
+    both = draw(lines)
+    assert len(both) == 2
+    assert both[0] == first[0]
+    for wrong, difference in (
+        (lines[:1], "index 1: 'a man' there, none here"),
+        ([lines[0], lines[1] | {"seed": 5}], "index 1, seed: 4 there, 5 here"),
+        ([lines[0], lines[1] | {"guidance_weight": 30}], "index 1, guidance_weight: 20.0 there, 30.0 here"),
+    ):
+        with pytest.raises(SystemExit, match=rf"holds pictures of other requests \({difference}\)"):
+            draw(wrong)
+
+
+def test_a_finished_folder_notices_that_its_contrasts_have_changed(config: str, tmp_path: Path) -> None:
+    contrasts, out = tmp_path / "contrasts.yaml", tmp_path / "x"
+    flags = ["--model.guidance.contrasts", str(contrasts), "--text", "an old man", "--n_samples", "1"]
+    contrasts.write_text("[[man, woman], [old, young]]")
+    predict(config, out, *flags)
+    predict(config, out, *flags)
+    before = (out / "000001.png").read_bytes()
+    contrasts.write_text("[[man, woman], [old, middle-aged]]")
+    difference = r"contrasts \(contrasts: \['old', 'young'\] there, \['old', 'middle-aged'\] here\)"
+    with pytest.raises(SystemExit, match=f"holds pictures of other {difference}; use another folder or --overwrite"):
+        predict(config, out, *flags)
+    predict(config, out, *flags, "--overwrite", "true")
+    assert (out / "000001.png").read_bytes() != before
+    assert metadata(out)[1]["contrasts"][1] == ["old", "middle-aged"]
 
 
 @pytest.mark.parametrize(

@@ -355,6 +355,27 @@ def test_a_run_goes_on_and_notices_a_changed_file(config: str, tmp_path: Path, p
     with pytest.raises(SystemExit, match=r"holds pictures made from an earlier .*picture.png \(init_image\)"):
         main(command)
     assert not (out / "000001.png").exists()
+    main([*command, "--overwrite", "true"])
+    assert len(pictures_of(out)) == 3
+    assert pictures_of(out)[0] != before[0]
+
+
+def test_a_run_notices_other_edits_of_its_rows(config: str, tmp_path: Path, picture: str, mask: str) -> None:
+    row = {"text": "a man", "seed": 1, "init_image": "picture.png", "strength": 0.4}
+    command = ["predict", "-c", config, "--prompts", str(tmp_path / "rows.jsonl"), "--save_dir", str(tmp_path / "x")]
+    write_rows(tmp_path / "rows.jsonl", row)
+    main(command)
+    main(command)
+    save_picture(tmp_path / "other.png", seed=1)
+    for changed, difference in (
+        ({"strength": 0.5}, "strength: 0.4 there, 0.5 here"),
+        ({"invert": True}, "invert: None there, True here"),
+        ({"mask": "mask.png"}, "mask: None there, '.*mask.png' here"),
+        ({"init_image": "other.png"}, "init_image: '.*picture.png' there, '.*other.png' here"),
+    ):
+        write_rows(tmp_path / "rows.jsonl", row | changed)
+        with pytest.raises(SystemExit, match=rf"holds pictures of other requests \(index 0, {difference}\)"):
+            main(command)
 
 
 def test_another_size_is_resized_and_said_once(

@@ -1,8 +1,12 @@
 import fcntl
+import itertools
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from datasets import load_dataset
@@ -12,6 +16,7 @@ from clipward.callbacks.gallery import Gallery
 from clipward.callbacks.prediction_writer import PredictionWriter
 from clipward.cli import main
 from clipward.datamodules.prompts import PromptDataModule
+from clipward.datamodules.requests import Request
 from clipward.errors import InputError
 from clipward.files import atomic_folder, atomic_write, check_writable, remove_leftovers
 
@@ -136,6 +141,20 @@ def taken(path: Path, output: str = "files", command: str = COMMAND) -> Predicti
     gallery.pack_left(2)
     writer.finish()
     return writer
+
+
+def test_no_more_requests_are_read_than_pictures_are_there(tmp_path: Path) -> None:
+    read = []
+
+    def endless() -> Iterator[Request]:
+        for index in itertools.count():
+            read.append(index)
+            yield Request(index, f"face {index}", index, 1.0)
+
+    filled(tmp_path, "files", count=2)
+    sampler: Any = SimpleNamespace(describe=lambda *_: {})
+    assert PredictionWriter(str(tmp_path)).find_difference(endless(), {}, sampler) == ""
+    assert read == [0, 1, 2]
 
 
 STRANGERS = {"holiday.png": b"x", "backup.tar": b"x", "2024/beach.png": b"x", "00001/mine.png": b"x", ".mine.1": b"x"}

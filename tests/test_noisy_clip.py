@@ -124,6 +124,7 @@ def test_fit_draws_the_samples_once_and_learns_from_them(
     assert Clip.load(str(tmp_path / "two")).noise_aware
     fit("three", "--data.path", str(samples), "--data.size", "16", "--data.samples_dir", str(tmp_path / "none"))
     assert not (tmp_path / "none").exists()
+    fit("fewer", "--data.samples", "6")  # all that are there serve
     with pytest.raises(SystemExit, match=r"data.samples_dir: .*skip_steps.*; use another folder$"):
         fit("four", "--data.skip_steps", "3")
     weights.write_bytes(weights.read_bytes()[:-4] + struct.pack("<f", 0.5))
