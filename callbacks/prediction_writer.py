@@ -49,6 +49,7 @@ SOURCES = {
     "noisy_clip_hash": "other weights",
     "classifier_hash": "other weights",
     "contrasts": "other contrasts",
+    "device": "another device",  # whose noise is another; `auto` in a config may become either
 }
 # settings that do not change the pictures
 WITHOUT_EFFECT = ("trainer", "data", "micro_batch", "save_dir", "overwrite", "shard_size", "seed_everything")
@@ -111,7 +112,7 @@ class PredictionWriter(BasePredictionWriter):
         shard_size: pictures a shard.
         expected: hashes of weights, by their names in the metadata, which a picture that is made again must have.
         save_progress: write a filmstrip and an animation of each picture on its way, too.
-        keeps_more: whether pictures of an earlier run that had more requests stay.
+        of_samples: the pictures are samples to learn from: more than are asked for may be there, of any device.
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class PredictionWriter(BasePredictionWriter):
         shard_size: int = 1000,
         expected: Mapping[str, str] | None = None,
         save_progress: bool = False,
-        keeps_more: bool = False,
+        of_samples: bool = False,
     ) -> None:
         super().__init__("batch")
         if save_progress and output != "files":
@@ -132,7 +133,7 @@ class PredictionWriter(BasePredictionWriter):
             raise InputError(f"shard_size: got {shard_size}, expected 1 or more")
         self.save_dir, self.config, self.overwrite = Path(save_dir), config, overwrite
         self.gallery, self.shard_size = Gallery(self.save_dir, output, progress=save_progress), shard_size
-        self.expected, self.keeps_more = dict(expected or {}), keeps_more
+        self.expected, self.of_samples = dict(expected or {}), of_samples
         self.lock = FolderLock(self.save_dir / LOCK)
         self.signals = StopSignals()
         self.begun = False
@@ -238,11 +239,13 @@ class PredictionWriter(BasePredictionWriter):
         asked = iter(requests)
         for row in self.gallery.rows():
             for name, what in SOURCES.items():
+                if name == "device" and self.of_samples:
+                    continue
                 there, here = row.get(name), provenance.get(name)
                 if there is not None and here is not None and there != here:  # None had no part in the pictures
                     return f"of {what} ({name}: {describe_difference(there, here)})"
             request = next((each for each in asked if each.index == row["index"]), None)
-            if request is None and self.keeps_more:
+            if request is None and self.of_samples:
                 return ""
             if request is None:
                 return f"of other requests (index {row['index']}: {shorten(row.get('text'))} there, none here)"

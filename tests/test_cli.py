@@ -259,6 +259,19 @@ def test_lines_at_the_end_of_a_file_of_requests_are_drawn_too(config: str, tmp_p
             draw(wrong)
 
 
+def test_a_folder_that_another_kind_of_device_began_is_refused(config: str, tmp_path: Path) -> None:
+    out = tmp_path / "x"
+    predict(config, out, "--n_samples", "2", "--skip_steps", "2")
+    (out / "000001.png").unlink()
+    lines = (out / "metadata.jsonl").read_text()
+    (out / "metadata.jsonl").write_text(lines.replace('"device": "cpu"', '"device": "cuda"'))
+    with pytest.raises(SystemExit, match=r"of another device \(device: 'cuda' there, 'cpu' here\); use another folder"):
+        predict(config, out, "--n_samples", "2", "--skip_steps", "2")
+    assert not (out / "000001.png").exists()
+    predict(config, out, "--n_samples", "2", "--skip_steps", "2", "--overwrite", "true")
+    assert (out / "metadata.jsonl").read_text() == lines
+
+
 def test_a_finished_folder_notices_that_its_contrasts_have_changed(config: str, tmp_path: Path) -> None:
     contrasts, out = tmp_path / "contrasts.yaml", tmp_path / "x"
     flags = ["--model.guidance.contrasts", str(contrasts), "--text", "an old man", "--n_samples", "1"]

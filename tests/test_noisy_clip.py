@@ -124,6 +124,8 @@ def test_fit_draws_the_samples_once_and_learns_from_them(
     assert Clip.load(str(tmp_path / "two")).noise_aware
     fit("three", "--data.path", str(samples), "--data.size", "16", "--data.samples_dir", str(tmp_path / "none"))
     assert not (tmp_path / "none").exists()
+    lines = (samples / "metadata.jsonl").read_text()
+    (samples / "metadata.jsonl").write_text(lines.replace('"device": "cpu"', '"device": "cuda"'))
     fit("fewer", "--data.samples", "6")  # all that are there serve
     with pytest.raises(SystemExit, match=r"data.samples_dir: .*skip_steps.*; use another folder$"):
         fit("four", "--data.skip_steps", "3")

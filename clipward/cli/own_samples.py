@@ -29,7 +29,7 @@ def draw_own_samples(trainer: L.Trainer, weights: str | None, data: OwnSamplesDa
         raise InputError("weights: got none, expected a diffusion model to draw samples from, or --data.path PICTURES")
     settings: dict[str, Any] = {"skip_steps": data.skip_steps, "ddim": True}
     made_by: dict[str, Any] = {"weights": weights, "seed": data.seed, "unguided": True, "sampling": settings}
-    writer: Any = PredictionWriter(str(data.samples_dir), yaml.safe_dump(made_by), keeps_more=True)
+    writer: Any = PredictionWriter(str(data.samples_dir), yaml.safe_dump(made_by), of_samples=True)
     requests = PromptDataModule(n_samples=data.samples, seed=data.seed, micro_batch=data.micro_batch)
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     try:
