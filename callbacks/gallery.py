@@ -31,6 +31,67 @@ MARK = "clipward"  # the text field of our PNGs
 PAGE_MARK = b"<!doctype html>\n<!-- clipward gallery -->\n"  # how our page begins
 # fields of metadata that differ from picture to picture
 PER_PICTURE = ("file_name", "index", "clip_similarity", "float32_retries", "shard", "filmstrip", "animation")
+# all fields of metadata and their types in parquet, where the shards of a data set must have the same columns
+TEXT, WHOLE, NUMBER, YES = "string", "int64", "float64", "bool"
+COLUMNS: dict[str, str | list[Any]] = {
+    "file_name": TEXT,
+    "index": WHOLE,
+    "text": TEXT,
+    "seed": WHOLE,
+    "guidance_weight": NUMBER,
+    "class_label": TEXT,  # also the number of a class without a name
+    "class_weight": NUMBER,
+    "clip_similarity": NUMBER,
+    "init_image": TEXT,
+    "init_image_sha256": TEXT,
+    "strength": NUMBER,
+    "mask": TEXT,
+    "mask_sha256": TEXT,
+    "outpaint": [NUMBER],
+    "invert": YES,
+    "round_trip_error": NUMBER,
+    "image_prompt": TEXT,
+    "image_prompt_sha256": TEXT,
+    "method": TEXT,
+    "steps": WHOLE,
+    "skip_type": TEXT,
+    "sampler": TEXT,
+    "ddim_eta": NUMBER,
+    "by_weights": [TEXT],
+    "repeats": WHOLE,
+    "candidates": WHOLE,
+    "interval": [NUMBER],
+    "weight_schedule": TEXT,
+    "batch_multiple": WHOLE,
+    "var_type": TEXT,
+    "clip_denoised": YES,
+    "dynamic_thresholding_ratio": NUMBER,
+    "sample_max_value": NUMBER,
+    "float32_retries": WHOLE,
+    "weights": TEXT,
+    "weights_hash": TEXT,
+    "use_ema": YES,
+    "clip": TEXT,
+    "clip_hash": TEXT,
+    "clips": [TEXT],
+    "clip_weights": [NUMBER],
+    "noisy_clip": TEXT,
+    "noisy_clip_hash": TEXT,
+    "classifier": TEXT,
+    "classifier_hash": TEXT,
+    "contrasts": [[TEXT]],
+    "neutral": TEXT,
+    "negative_text": TEXT,
+    "compile": YES,
+    "precision": TEXT,
+    "device": TEXT,
+    "threads": WHOLE,
+    "clipward": TEXT,
+    "torch": TEXT,
+    "lightning": TEXT,
+    "open_clip_torch": TEXT,
+    "shard": TEXT,
+}
 
 PNG_NAME = r"[0-9]{6,}\.png"
 WEBP_NAME = r"[0-9]{6,}\.webp"
@@ -481,11 +542,14 @@ def save_animation(path: Path, frames: Sequence[Image.Image], provenance: str) -
 
 
 def _write_tar(path: Path, rows: list[dict[str, Any]], pictures: list[bytes]) -> None:
-    """Write a WebDataset shard, with ``000000012.png`` and ``000000012.json`` for each picture."""
+    """Write a WebDataset shard, with ``000000012.png`` and ``000000012.json`` for each picture.
+
+    The JSON leaves out what is None, from which ``datasets`` would learn that a field never is anything else.
+    """
     with tarfile.open(path, "w") as shard:
         for row, picture in zip(rows, pictures, strict=True):
-            member = Path(row["file_name"])
-            for name, content in ((member.name, picture), (f"{member.stem}.json", to_line(row).encode())):
+            member, known = Path(row["file_name"]), {name: value for name, value in row.items() if value is not None}
+            for name, content in ((member.name, picture), (f"{member.stem}.json", to_line(known).encode())):
                 entry = tarfile.TarInfo(name)
                 entry.size = len(content)
                 shard.addfile(entry, io.BytesIO(content))
@@ -500,13 +564,20 @@ def _read_tar(path: Path, name: str) -> bytes:
 
 
 def _write_parquet(path: Path, rows: list[dict[str, Any]], pictures: list[bytes]) -> None:
-    """Write a parquet shard, with a column ``image`` and one for each field of a row."""
-    from datasets import Dataset, Features, Value
+    """Write a parquet shard, with ``COLUMNS``, those that a person has added to the metadata, and ``image``."""
+    from datasets import Dataset, Features
     from datasets import Image as ImageFeature
 
-    names = dict.fromkeys(name for row in rows for name in row)
+    added = dict.fromkeys(name for row in rows for name in row if name not in COLUMNS)
     images = [{"bytes": picture, "path": row["file_name"]} for row, picture in zip(rows, pictures, strict=True)]
     with hide_bars():
-        table = Dataset.from_list([{name: row.get(name) for name in names} for row in rows])
-        table = table.cast(Features({**table.features, "clip_similarity": Value("float64")}))  # also where all are None
+        guessed = Dataset.from_list([{name: row.get(name) for name in added} for row in rows]).features
+        features = Features({**{name: _to_feature(kind) for name, kind in COLUMNS.items()}, **guessed})
+        table = Dataset.from_list([{name: row.get(name) for name in features} for row in rows], features)
         table.add_column("image", images).cast_column("image", ImageFeature()).to_parquet(path)
+
+
+def _to_feature(kind: str | list[Any]) -> Any:
+    from datasets import List, Value
+
+    return List(_to_feature(kind[0])) if isinstance(kind, list) else Value(kind)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_CLIP, metadata, tiny_module
+from datasets import load_dataset
 from PIL import Image
 from pyarrow import parquet
 from torch import Tensor
@@ -545,3 +546,31 @@ def test_a_shard_holds_rows_with_and_without_edits(config: str, tmp_path: Path, 
     table = parquet.read_table(tmp_path / "x/000000000.parquet").to_pylist()
     assert [row["init_image"] for row in table] == [None, picture]
     assert [row["invert"] for row in table] == [None, True]
+
+
+@pytest.mark.parametrize("output", ["webdataset", "parquet"])
+def test_shards_of_rows_with_and_without_edits_open_together(
+    output: str, config: str, tmp_path: Path, picture: str, mask: str
+) -> None:
+    rows: list[dict] = [
+        {"text": "", "guidance_weight": 0},
+        {"text": "a man", "init_image": "picture.png", "invert": True},
+        {"text": "a man", "init_image": "picture.png", "mask": "mask.png"},
+        {"text": "a man", "init_image": "picture.png", "outpaint": [0.5, 0, 0, 0.5]},
+        {"text": "", "guidance_weight": 0, "init_image": "picture.png", "strength": 0.25},
+        {"text": "a man"},
+    ]
+    prompts = write_rows(tmp_path / "rows.jsonl", *rows)
+    flags = ["--output", output, "--shard_size", "1", "--n_samples", "1", "--save_dir", str(tmp_path / "x")]
+    main(["predict", "-c", config, "--prompts", prompts, *flags])
+    shards = sorted(map(str, (tmp_path / "x").glob("0*")))
+    loaded = load_dataset(output, data_files=shards, split="train", cache_dir=str(tmp_path / "cache"))
+    if output == "webdataset":
+        assert [row["json"]["text"] for row in loaded] == [row["text"] for row in rows]
+        return
+    assert {name for row in metadata(tmp_path / "x") for name in row} | {"image"} <= set(loaded.column_names)
+    for row, there in zip(loaded, metadata(tmp_path / "x"), strict=True):
+        assert {name: value for name, value in row.items() if value is not None and name != "image"} == {
+            name: value for name, value in there.items() if value is not None
+        }
+        assert row["image"].size == (16, 16)

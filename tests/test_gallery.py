@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 from datasets import load_dataset
 from PIL import Image
+from pyarrow import parquet
 
-from clipward.callbacks.gallery import Gallery
-from clipward.callbacks.prediction_writer import PredictionWriter
+from clipward.callbacks.gallery import COLUMNS, Gallery
+from clipward.callbacks.prediction_writer import PACKAGES, PredictionWriter
 from clipward.cli import main
+from clipward.cli.again import KINDS
 from clipward.datamodules.prompts import PromptDataModule
-from clipward.datamodules.requests import Request
+from clipward.datamodules.requests import FIELDS, Request
+from clipward.editing import PICTURES
 from clipward.errors import InputError
 from clipward.files import atomic_folder, atomic_write, check_writable, remove_leftovers
 
@@ -81,6 +84,36 @@ def test_shards_hold_the_pictures_of_all_processes_once(
     )
     pairs = [(r["json"]["seed"], r["png"]) if output == "webdataset" else (r["seed"], r["image"]) for r in loaded]
     assert sorted((seed, colour(image)) for seed, image in pairs) == [(i, i) for i in range(10)]
+
+
+@pytest.mark.parametrize("output", ["webdataset", "parquet"])
+def test_a_field_that_begins_with_none_has_its_type(tmp_path: Path, output: str) -> None:
+    gallery = Gallery(tmp_path / "x", output)
+    gallery.path.mkdir()
+    for index in range(8):
+        found = {"clip_similarity": 0.5, "negative_text": "a beard", "class_label": 3} if index == 7 else {}
+        gallery.add(row(index) | {"negative_text": None, "class_label": None} | found, picture(index))
+    gallery.pack_left(6)
+    loaded = load_dataset(output, data_dir=str(tmp_path / "x"), split="train", cache_dir=str(tmp_path / "cache"))
+    rows = [each["json"] if output == "webdataset" else each for each in loaded]
+    assert [each["seed"] for each in rows] == list(range(8))
+    if output == "parquet":
+        assert [rows[i][name] for i in (0, 7) for name in found] == [None] * 3 + [0.5, "a beard", "3"]
+
+
+def test_parquet_has_a_column_for_each_field_of_metadata() -> None:
+    of_requests = {field for field in FIELDS if field not in PICTURES} | {"index"}
+    of_files = {name for field in PICTURES for name in (field, f"{field}_sha256")}
+    of_settings = set(KINDS) - {"solver", "ddim", "accelerator"}
+    assert of_requests | of_files | of_settings | set(PACKAGES) <= set(COLUMNS)
+
+
+def test_a_field_that_a_person_has_added_is_a_column(tmp_path: Path) -> None:
+    gallery = Gallery(tmp_path, "parquet")
+    for index in range(2):
+        gallery.add(row(index) | ({"rating": 5} if index else {}), picture(index))
+    gallery.pack_left(2)
+    assert parquet.read_table(tmp_path / "000000000.parquet")["rating"].to_pylist() == [None, 5]
 
 
 def test_a_line_that_was_cut_off_costs_one_picture(tmp_path: Path) -> None:
