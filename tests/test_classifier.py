@@ -16,7 +16,7 @@ from clipward.evaluation.judges import load_judge
 from clipward.lightning_modules.classifier import ClassifierModule
 from clipward.lightning_modules.optim import OptimConfig
 from clipward.networks.classifier import FORMAT, Classifier, load_classifier
-from clipward.networks.vocabulary import load_vocabulary
+from clipward.networks.vocabulary import find_attributes, load_vocabulary
 
 VOCABULARY = load_vocabulary("faces")[0]
 
@@ -35,6 +35,14 @@ def test_it_reads_what_a_caption_names() -> None:
         face = attributes(0, i)
         for name, value in judge.find_attributes(caption(0, i)).items():
             assert face[name] == value
+
+
+def test_words_are_found_whatever_their_capitals() -> None:
+    vocabulary = {"painter": {"van_gogh": ["Van Gogh"], "monet": ["monet"]}}
+    for text in ("a painting by Van Gogh", "a painting by van gogh", "BY VAN GOGH"):
+        assert find_attributes(vocabulary, text) == {"painter": "van_gogh"}
+    assert find_attributes(vocabulary, "Monet's garden") == {"painter": "monet"}
+    assert find_attributes(vocabulary, "Van Goghs") == {}
 
 
 def faces(count: int) -> DataLoader:

@@ -67,7 +67,7 @@ class Classifier(nn.Module):
         return torch.stack(sums).mean()
 
     def find_attributes(self, text: str) -> dict[str, str]:
-        """What a text names; see :func:`find_attributes`."""
+        """What a text names; see :func:`clipward.networks.vocabulary.find_attributes`."""
         return find_attributes(self.vocabulary, text)
 
     def features(self, image: Tensor) -> Tensor:

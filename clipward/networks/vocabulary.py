@@ -23,7 +23,7 @@ def find_attributes(vocabulary: Vocabulary, text: str) -> dict[str, str]:
             (len(words), value)
             for value, names in values.items()
             for words in names
-            if re.search(rf"\b{re.escape(words)}\b", text.lower())
+            if re.search(rf"\b{re.escape(words)}\b", text, re.IGNORECASE)
         ]
         if hits:
             found[attribute] = max(hits)[1]  # the longest: "no glasses" before "glasses"
