@@ -12,6 +12,8 @@ import torch
 import yaml
 
 from clipward.datamodules.faces import FacesDataModule
+from clipward.evaluation.cost import Cost
+from clipward.evaluation.scores import Scores
 from clipward.guidance.models import GuidanceConfig
 from clipward.lightning_modules.ddpm import DDPMModule, TrainingConfig
 from clipward.networks.classifier import Classifier, save_classifier
@@ -149,6 +151,11 @@ def whole_batch(sampler: Sampler, count: int) -> list[slice]:
 
 def metadata(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metadata.jsonl").read_text().splitlines()]
+
+
+def to_scores(values: dict) -> Scores:
+    """Scores from a report."""
+    return Scores(**{**values, "cost": Cost(**values["cost"])})
 
 
 def checkpoint_of(root: Path) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from conftest import to_scores
 from PIL import Image
 from pyarrow import parquet
 
@@ -54,7 +55,7 @@ def test_a_method_is_judged_into_a_table_and_a_figure(
     assert [(each.text, each.seed) for each in drawn] == [(text, 1000 + i) for i, text in enumerate(TEXTS)]
     scores = json.loads((tmp_path / "report.json").read_text())
     assert list(scores) == ["unseen faces", "rejection sampling", "unguided", "contrastive"]
-    assert Scores.from_dict(scores["contrastive"][0]).twin_distance > 0
+    assert to_scores(scores["contrastive"][0]).twin_distance > 0
     assert (tmp_path / "figure.png").stat().st_size > 1000
 
     folders = [tmp_path / name / "pictures.parquet" for name in ("unguided", "rejection")]
@@ -135,9 +136,9 @@ def test_photographs_are_judged_into_a_table(tmp_path: Path, monkeypatch: pytest
         skip_steps=2,
     )
     scores = json.loads((tmp_path / "out/report.json").read_text())
-    real = Scores.from_dict(scores["unseen photographs"][0])
+    real = to_scores(scores["unseen photographs"][0])
     assert (real.pictures, real.prompt_accuracy, real.guidance_weight) == (4, 1.0, None)
-    assert Scores.from_dict(scores["contrastive"][0]).pictures == 4
+    assert to_scores(scores["contrastive"][0]).pictures == 4
 
 
 def test_ratios_are_medians_over_the_rounds() -> None:

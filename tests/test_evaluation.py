@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import to_scores
 
 from clipward.cli import main
 from clipward.datamodules.faces import FacesDataModule
@@ -18,7 +19,7 @@ from clipward.evaluation.judgements import Judgement, load_judgements, save_judg
 from clipward.evaluation.judges import Judges, check_prompt, load_judge, predict_attributes
 from clipward.evaluation.metrics import fid, jackknife, kid
 from clipward.evaluation.reference import Reference, predict_labels
-from clipward.evaluation.report import Report, format_methods, format_table, format_texts, load_report, save_report
+from clipward.evaluation.report import Report, format_methods, format_table, format_texts, save_report
 from clipward.evaluation.scores import Scores, summarise
 from clipward.guidance.models import GuidanceConfig, GuidanceModels
 from clipward.networks.classifier import Classifier, save_classifier
@@ -114,6 +115,15 @@ def test_a_report_is_read_as_it_was_written(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert content["texts"][2]["text"] == "a girl"
     assert content["table"][1]["cost"]["network_forwards"] == 50
+
+
+def load_report(path: Path) -> Report:
+    """What ``save_report`` wrote."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    texts: dict[str, list[Scores]] = {}
+    for values in content["texts"]:
+        texts.setdefault(values.pop("text"), []).append(to_scores(values))
+    return Report(content["provenance"], [to_scores(values) for values in content["table"]], texts)
 
 
 def unlabelled(features: torch.Tensor) -> Reference:
@@ -249,12 +259,12 @@ def test_guided_pictures_are_compared_with_those_that_their_texts_are_true_of(tm
     picked = [faces[i]["image"] for text in true for i in matches[text][:share]]
     with torch.no_grad():
         expected = judges.features(torch.stack(picked))
-    torch.testing.assert_close(reference.matching_texts(list(true)), expected, atol=1e-5, rtol=1e-5)
-    thrice = reference.matching_texts(["a man"] * 3 * share + ["an old woman with red hair"] * share)
+    torch.testing.assert_close(reference.features[reference.find_matching(list(true))], expected, atol=1e-5, rtol=1e-5)
+    thrice = reference.features[reference.find_matching(["a man"] * 3 * share + ["an old woman with red hair"] * share)]
     assert len(thrice) == round(4 * min(len(matches["a man"]) / 3, share))
     torch.testing.assert_close(thrice[-share:], expected[-share:], atol=1e-5, rtol=1e-5)
     assert len(reference.features) == 200
-    assert len(replace(reference, labels=None).matching_texts(list(true))) == 200
+    assert len(replace(reference, labels=None).find_matching(list(true))) == 200
 
 
 def test_pictures_are_compared_with_those_that_have_the_same_attributes_whatever_was_asked() -> None:

@@ -67,15 +67,11 @@ class Reference:
             torch.cat(clip_features) if clip_features else None,
         )
 
-    def matching_texts(self, texts: Sequence[str]) -> Tensor:
-        """(M, C): pictures that the texts are true of, in the proportions of the texts, and as many as there are.
+    def find_matching(self, texts: Sequence[str]) -> Tensor:
+        """(M,): places of as many pictures that the texts are true of as there are in the proportions of the texts.
 
         All pictures, where there are no labels or a text is true of fewer than two.
         """
-        return self.features[self.find_matching(texts)]
-
-    def find_matching(self, texts: Sequence[str]) -> Tensor:
-        """(M,): the places of the pictures of :meth:`matching_texts`."""
         everything = torch.arange(len(self.features))
         if self.labels is None:
             return everything

@@ -35,15 +35,6 @@ def save_report(path: Path, report: Report) -> None:
         aside.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def load_report(path: Path) -> Report:
-    """Read what :func:`save_report` wrote."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    texts: dict[str, list[Scores]] = {}
-    for values in content["texts"]:
-        texts.setdefault(values.pop("text"), []).append(Scores.from_dict(values))
-    return Report(content["provenance"], [Scores.from_dict(values) for values in content["table"]], texts)
-
-
 def plot_scores(tables: Mapping[str, Sequence[Scores]]) -> Figure:
     """Plot prompt accuracy against FID: a line over its weights for each method, and a star for unguided pictures."""
     plot = Figure(figsize=(8, 5), layout="constrained")

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,11 +66,6 @@ class Scores:
     precision: float | None = None
     recall: float | None = None
     cmmd: float | None = None
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Scores":
-        """Rebuild what ``dataclasses.asdict`` made of one."""
-        return cls(**{**values, "cost": Cost(**values["cost"])})
 
 
 def summarise(
