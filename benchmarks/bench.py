@@ -280,6 +280,8 @@ def bench(
     if loop is not None and folder is not None:
         print(json.dumps(LOOPS[loop](folder, steps)))
         return
+    if unknown := [name for name in only or () if name not in LOOPS]:
+        sys.exit(f"only: got {', '.join(map(repr, unknown))}, expected names among {', '.join(LOOPS)}")
     found: dict[str, list[dict[str, float]]] = {name: [] for name in only or LOOPS}
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory() as weights:

@@ -12,7 +12,7 @@ continues where it was.
 import json
 import sys
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from itertools import count, islice
 from pathlib import Path
@@ -23,6 +23,7 @@ from jsonargparse import auto_cli
 
 from clipward.cli import main
 from clipward.datamodules.faces import Faces, FacesDataModule, attributes
+from clipward.errors import shorten
 from clipward.evaluation.cost import Cost
 from clipward.evaluation.judgements import Judgement, load_judgements, save_judgements
 from clipward.evaluation.judges import Judges
@@ -85,12 +86,13 @@ def compare(
         micro_batch: pictures sampled at once.
         skip_steps: steps of each picture; each method's own number by default.
     """
+    in_table = {"unguided", "faces", "rejection"} | {method for method, _ in METHODS.values()}
+    check_names("only", only, in_table | PACKAGE.keys())
     sentences = texts.read_text().splitlines()
     number = n_samples * len(sentences)
     requests = save_dir / "requests.jsonl"
     save_requests(requests, sentences, n_samples, seed)
     unguided, faces, pool = (save_dir / name / "pictures.parquet" for name in ("unguided", "faces", "rejection"))
-    in_table = {"unguided", "faces", "rejection"} | {method for method, _ in METHODS.values()}
     methods = METHODS | {name: (name, [PACKAGE[name].weight]) for name in sorted(set(only or []) - in_table)}
 
     def is_due(name: str, pictures: Path) -> bool:
@@ -139,6 +141,13 @@ def compare(
     tables |= {name: summarise(judgements, reference, twins) for name, judgements in with_weight.items()}
     save_tables(save_dir, tables)
     print(format_methods(tables))
+
+
+def check_names(field: str, names: Sequence[str] | None, known: Collection[str]) -> None:
+    """Stop with one line where a name is not known, before anything is judged."""
+    unknown = [name for name in names or () if name not in known]
+    if unknown:
+        sys.exit(f"{field}: got {', '.join(map(shorten, unknown))}, expected names among {', '.join(sorted(known))}")
 
 
 def save_requests(path: Path, texts: list[str], n_samples: int, seed: int) -> None:

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 import yaml
 from jsonargparse import auto_cli
-from torch.utils.data import Dataset
 
-from benchmarks.methods import ROOT, save_requests, save_tables
+from benchmarks.methods import ROOT, check_names, save_requests, save_tables
 from clipward.cli import main
 from clipward.datamodules.celebahq import CelebAHQDataModule
 from clipward.evaluation.cost import Cost
@@ -78,11 +77,12 @@ def compare(
         skip_steps: steps of each picture; each method's own number by default.
         precision: as ``clipward test`` takes it.
     """
+    found = {"unseen photographs": save_dir / "photographs.parquet"}
+    found |= {name: save_dir / name / "pictures.parquet" for name in METHODS}
+    check_names("only", only, found)
     sentences = texts.read_text().splitlines()
     requests = save_dir / "requests.jsonl"
     save_requests(requests, sentences, n_samples, seed)
-    found = {"unseen photographs": save_dir / "photographs.parquet"}
-    found |= {name: save_dir / name / "pictures.parquet" for name in METHODS}
 
     for name, pictures in found.items():
         if pictures.exists() or not (only is None or name in only):
@@ -125,8 +125,8 @@ def judge_photographs(
 ) -> list[Judgement]:
     """Judge photographs that no network has seen, ``n_samples`` for each text that their labels are true of."""
     judge, models = Judges(judges, texts), GuidanceModels(GuidanceConfig(clip=clip))
-    photographs: Dataset = read_photographs(path, first, count).val_set
-    items = [photographs[i] for i in range(count)]
+    photographs = read_photographs(path, first, count).val_set  # without the rows that can't be read
+    items = [photographs[i] for i in range(len(photographs))]
     names = {name: list(values) for name, values in judge.vocabulary.items()}
 
     def is_true(text: str, labels: list[int]) -> bool:

@@ -16,7 +16,7 @@ import torch
 from jsonargparse import auto_cli
 from matplotlib.figure import Figure
 
-from benchmarks.methods import JUDGES, ROOT, save_requests
+from benchmarks.methods import JUDGES, ROOT, check_names, save_requests
 from clipward.cli import main
 from clipward.datamodules.faces import FacesDataModule
 from clipward.evaluation.judgements import load_judgements
@@ -57,6 +57,7 @@ def compare(
         val_count: unseen faces to compare with.
         micro_batch: pictures sampled at once.
     """
+    check_names("solvers", solvers, SOLVERS)
     sentences = texts.read_text().splitlines()
     requests = save_dir / "requests.jsonl"
     save_requests(requests, sentences, n_samples, seed)
@@ -91,9 +92,10 @@ def format_table(scores: dict[tuple[str, int], Scores]) -> str:
     lines.append("|---" * 7 + "|")
     for (name, steps), each in scores.items():
         second = list(each.judges.values())[1]
-        error, fid = each.prompt_accuracy_error or 0, each.attribute_matched_fid
+        error = each.prompt_accuracy_error or 0
+        fid = "" if each.attribute_matched_fid is None else f"{each.attribute_matched_fid:.3f}"  # too few match
         lines.append(
-            f"| {name} | {steps} | {each.prompt_accuracy:.1%} ± {error:.1%} | {second:.1%} | {fid:.3f} "
+            f"| {name} | {steps} | {each.prompt_accuracy:.1%} ± {error:.1%} | {second:.1%} | {fid} "
             f"| {each.cost.clip_passes:.0f} | {each.cost.seconds:.2f} |"
         )
     return "\n".join(lines)

@@ -77,6 +77,21 @@ def test_a_method_is_judged_into_a_table_and_a_figure(
         compare(tmp_path, n_samples=2)
 
 
+def test_a_name_that_is_not_known_stops_before_anything_is_judged(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit, match=r"^only: got 'glid', expected names among .*, glide, ") as stopped:
+        compare(out, only=["faces", "glid"])
+    assert "\n" not in str(stopped.value)
+    judges = dict.fromkeys(("path", "weights", "clip", "noisy_clip"), "x") | {"judges": ("x",)}
+    with pytest.raises(SystemExit, match=r"^only: got 'contrastiv', expected names among .*, unseen photographs"):
+        compare_on_photographs(save_dir=out, only=["contrastiv"], **judges)
+    with pytest.raises(SystemExit, match=r"^solvers: got 'ddim', expected names among DDIM, DDPM, "):
+        steps.compare(out, solvers=["ddim"])
+    with pytest.raises(SystemExit, match=r"^only: got 'ungided', expected names among unguided, "):
+        bench.bench(out, only=["ungided"])
+    assert not out.exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_processes_are_metered(strategy: str) -> None:
@@ -114,7 +129,8 @@ def test_photographs_are_judged_into_a_table(tmp_path: Path, monkeypatch: pytest
     rows = []
     for index in range(90):
         shown, picture = attributes(3, index), io.BytesIO()
-        draw(3, index).save(picture, "PNG")
+        if index != 75:  # a row that can't be read is left out
+            draw(3, index).save(picture, "PNG")
         labels = {"male": shown["gender"] == "man", "young": shown["age"] == "young"}
         labels |= {"smiling": shown["smile"] == "smiling", "eyeglasses": shown["glasses"] == "with"}
         hair = {f"{name}_hair": shown["hair"] == name for name in ("black", "brown", "blond")}
@@ -173,5 +189,8 @@ def test_solvers_are_compared_in_a_table_and_a_figure() -> None:
     scores = Scores(20.0, 48, 0.5, 0.1, 0.05, 0.9, {}, {"a": 0.5, "b": 0.25}, None, None, cost, 40.0)
     found = {("DDPM", 20): replace(scores, attribute_matched_fid=0.2)}
     assert steps.format_table(found).splitlines()[-1] == "| DDPM | 20 | 50.0% ± 5.0% | 25.0% | 0.200 | 81 | 0.75 |"
+    without = {("DDPM", 20): scores}  # where too few real pictures match
+    assert steps.format_table(without).splitlines()[-1] == "| DDPM | 20 | 50.0% ± 5.0% | 25.0% |  | 81 | 0.75 |"
+    assert len(steps.plot(without).axes) == 2
     assert json.loads(steps.to_json(found))[0]["steps"] == 20
     assert len(steps.plot(found).axes) == 2
