@@ -70,6 +70,10 @@ class Evaluation(L.Callback):
         self.judgements: list[Judgement] = []
         self.signals = StopSignals()
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self.data is not None and trainer.is_global_zero:  # what is wrong with it shows before anything is drawn
+            self.data.setup("validate")
+
     def on_test_start(self, trainer: L.Trainer, pl_module: HasSampler) -> None:
         self.signals.install()  # after the Trainer's own, which ends nothing before the next batch
         self.meter = CostMeter(pl_module.sampler.network, pl_module.sampler.models.loaded())
@@ -104,14 +108,14 @@ class Evaluation(L.Callback):
         self.signals.restore()
 
     def _write(self, judgements: list[Judgement], pl_module: HasSampler) -> None:
+        self.path.unlink(missing_ok=True)  # with overwrite, the report of other pictures
+        save_judgements(self.pictures_path, judgements)  # first, since the drawing took longest
         reference = None
         if self.data is not None:
-            self.data.setup("validate")
             sampler, batches = pl_module.sampler, self.data.val_dataloader()
             reference = Reference.from_batches(batches, self.judges, sampler.device, sampler.models)
         table = summarise(judgements, reference)
         texts = {text: summarise([each for each in judgements if each.text == text]) for text in self.judges.texts}
-        save_judgements(self.pictures_path, judgements)
         save_report(self.path, Report(self.provenance, table, texts))
         if table[-1].fid is not None:
             plot = plot_scores({self.provenance["method"]: table})

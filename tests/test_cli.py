@@ -9,6 +9,8 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,6 +22,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from clipward.cli import main
 from clipward.diffusion.schedule import Scheduler
+from clipward.errors import InputError
+from clipward.evaluation.judgements import load_judgements
 from clipward.guidance.methods import METHODS
 from clipward.networks.classifier import Classifier, save_classifier
 from clipward.networks.vocabulary import load_vocabulary
@@ -381,6 +385,68 @@ def test_test_judges_prompt_accuracy(config: str, tmp_path: Path, capsys: pytest
         main(["test", "-c", config, *flags, *texts])
     with pytest.raises(SystemExit, match="the judge finds nothing to look for in 'a dog'"):
         main(["test", "-c", config, *flags, "--text", "a dog", "--overwrite", "true"])
+
+
+@pytest.fixture
+def judged(config: str, tmp_path: Path) -> list[str]:
+    """A command that judges two pictures."""
+    save_classifier(tmp_path / "judge.safetensors", Classifier(load_vocabulary("faces")[0], 8))
+    command = [
+        "test",
+        "-c",
+        config,
+        "--judge",
+        str(tmp_path / "judge.safetensors"),
+        "--save_dir",
+        str(tmp_path / "out"),
+    ]
+    return [*command, "--text", "a man", "--n_samples", "1", "--skip_steps", "2", "--method", "clip_guidance"]
+
+
+def write_data(folder: Path, name: str, **arguments: Any) -> list[str]:
+    """Flags that give ``test`` another data module."""
+    data = {"class_path": f"clipward.datamodules.{name}", "init_args": arguments}
+    (folder / "data.yaml").write_text(json.dumps(data))
+    return ["--data", str(folder / "data.yaml")]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("faces.FacesDataModule", {"val_count": 0}, "data.val_count: got 0, expected 1 or more"),
+        ("celebahq.CelebAHQDataModule", {"path": "nowhere.parquet"}, "data.path: "),
+        ("streams.StreamDataModule", {"path": "nowhere.parquet"}, "data.path: there is no file 'nowhere.parquet'"),
+    ],
+)
+def test_test_looks_at_its_data_before_it_draws(
+    judged: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, arguments: dict, message: str
+) -> None:
+    draw = Mock()
+    monkeypatch.setattr("clipward.sampler.Sampler.sample_in_chunks", draw)
+    with pytest.raises(SystemExit, match=f"^error: {message}"):
+        main([*judged, *write_data(tmp_path, name, **arguments)])
+    assert not draw.called
+    assert not (tmp_path / "out").exists()
+
+
+def test_test_keeps_what_the_judges_say_where_the_comparison_fails(
+    judged: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main(judged)
+    failing = Mock(side_effect=InputError("data: got a damaged picture"))
+    with monkeypatch.context() as broken:
+        broken.setattr("clipward.evaluation.reference.Reference.from_batches", failing)
+        with pytest.raises(SystemExit, match=r"^error: data: got a damaged picture"):
+            main([*judged, "--n_samples", "2", "--overwrite", "true"])
+    assert len(load_judgements(tmp_path / "out/pictures.parquet")) == 4
+    assert not (tmp_path / "out/report.json").exists()  # which was of other pictures
+    main(judged)  # goes into the same folder
+    assert (tmp_path / "out/report.json").exists()
+
+
+def test_test_compares_with_nothing_where_a_stream_has_no_path(judged: list[str], tmp_path: Path) -> None:
+    main([*judged, *write_data(tmp_path, "streams.StreamDataModule")])
+    assert json.loads((tmp_path / "out/report.json").read_text())["table"][0]["fid"] is None
 
 
 def test_convert_writes_what_weights_takes_and_diffusers_opens(

@@ -67,6 +67,7 @@ from clipward.cli.trainer_values import check_trainer
 from clipward.datamodules.celebahq import CelebAHQDataModule
 from clipward.datamodules.own_samples import OwnSamplesDataModule
 from clipward.datamodules.prompts import PromptDataModule
+from clipward.datamodules.streams import StreamDataModule
 from clipward.errors import InputError, first_line, shorten
 from clipward.evaluation.judges import Judges
 from clipward.files import check_writable
@@ -319,8 +320,9 @@ class ClipwardCLI(LightningCLI):
                 raise
             raise found from None
         if isinstance(self.callback, Evaluation):
-            lacks_pictures = isinstance(self.datamodule, CelebAHQDataModule) and self.datamodule.path is None
-            self.callback.data = None if lacks_pictures else self.datamodule
+            data = self.datamodule
+            lacks_pictures = isinstance(data, CelebAHQDataModule | StreamDataModule) and data.path is None
+            self.callback.data = None if lacks_pictures else data
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         if self.subcommand == "fit" and self._get(self.config_init, "trainer.logger") is not False:
