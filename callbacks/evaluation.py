@@ -48,7 +48,7 @@ class Evaluation(L.Callback):
             that their texts are true of. Unguided pictures are compared with all.
 
     Raises:
-        InputError: where there is a report already.
+        InputError: where there is a report already, and in ``setup`` for data with other labels than the first judge's.
     """
 
     def __init__(
@@ -72,6 +72,7 @@ class Evaluation(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self.data is not None and trainer.is_global_zero:  # what is wrong with it shows before anything is drawn
+            self.judges.check_data(self.data, "judge")
             self.data.setup("validate")
 
     def on_test_start(self, trainer: L.Trainer, pl_module: HasSampler) -> None:

@@ -101,18 +101,24 @@ class GuidedSamples(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit":
-            self.prepare(pl_module)
+            self.prepare(pl_module, trainer.datamodule)
 
-    def prepare(self, pl_module: L.LightningModule) -> None:
+    def prepare(self, pl_module: L.LightningModule, data: Any = None) -> None:
         """Load the judges and what guides, once; the command line does so before a logger writes.
 
+        Args:
+            pl_module: the model.
+            data: with whose validation pictures the judges compare the samples.
+
         Raises:
-            InputError: where the model draws no pictures, a network can't be loaded, a text is too long for a CLIP, or
-                a judge knows no attribute that it names.
+            InputError: where the model draws no pictures, a network can't be loaded, a text is too long for a CLIP, a
+                judge knows no attribute that it names, or the data has other labels than the first judge's.
         """
         if self.judge_names is not None and self.judges is None:
             with isolate_rng():  # a network is made with random weights before it has its own
                 self.judges = Judges(self.judge_names, self.text, self.features)
+        if self.judges is not None:
+            self.judges.check_data(data, "GuidedSamples.judge")
         if not isinstance(pl_module, HasGuidance):
             name = type(pl_module).__name__
             raise InputError(f"trainer.callbacks: got GuidedSamples for {name}, expected a model that draws pictures")

@@ -415,6 +415,11 @@ def write_data(folder: Path, name: str, **arguments: Any) -> list[str]:
     [
         ("faces.FacesDataModule", {"val_count": 0}, "data.val_count: got 0, expected 1 or more"),
         ("celebahq.CelebAHQDataModule", {"path": "nowhere.parquet"}, "data.path: "),
+        (
+            "celebahq.CelebAHQDataModule",
+            {"path": "x", "labels": {"age": {"young": "a", "old": "b"}, "gender": {"woman": "c", "man": "d"}}},
+            "data.labels: got age, gender, expected gender, age, hair, smile, glasses, as in judge$",
+        ),
         ("streams.StreamDataModule", {"path": "nowhere.parquet"}, "data.path: there is no file 'nowhere.parquet'"),
     ],
 )

@@ -267,6 +267,18 @@ def test_guided_pictures_are_compared_with_those_that_their_texts_are_true_of(tm
     assert len(replace(reference, labels=None).find_matching(list(true))) == 200
 
 
+def test_labels_after_those_of_the_judge_are_left_out(tmp_path: Path) -> None:
+    vocabulary = {name: VOCABULARY[name] for name in ("gender", "age")}
+    save_classifier(tmp_path / "judge.safetensors", Classifier(vocabulary, 8))
+    judges = Judges([str(tmp_path / "judge.safetensors")], ["a man"])
+    data = FacesDataModule(size=16, val_count=50, batch_size=25)
+    data.setup("validate")
+    judges.check_data(data, "judge")
+    reference = Reference.from_batches(data.val_dataloader(), judges, torch.device("cpu"))
+    assert reference.labels.shape == (50, 2)
+    assert reference.matching_attributes(reference.features) is not None
+
+
 def test_pictures_are_compared_with_those_that_have_the_same_attributes_whatever_was_asked() -> None:
     generator = torch.Generator().manual_seed(0)
     vocabulary = {"gender": {"woman": [], "man": []}, "hair": {"black": [], "red": [], "grey": []}}

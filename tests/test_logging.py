@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from clipward.callbacks.guided_samples import GuidedSamples, log_sheet
 from clipward.errors import InputError
 from clipward.lightning_modules.ddpm import DDPMModule
+from clipward.networks.classifier import Classifier, save_classifier
 
 NUMBERS = {
     *("train/loss", "train/loss_t1", "train/loss_t2", "train/loss_t3", "train/loss_t4", "train/learning_rate"),
@@ -61,6 +62,18 @@ def test_samples_that_no_model_can_draw_are_refused_before_training(tiny_clip: P
         GuidedSamples(text=["a man"]).prepare(tiny_module())
     with pytest.raises(InputError, match=r"trainer.callbacks: got GuidedSamples for LightningModule, expected a model"):
         GuidedSamples().prepare(LightningModule())
+
+
+def test_samples_are_not_compared_with_pictures_of_other_labels(tmp_path: Path, tiny_clip: Path) -> None:
+    vocabulary = {"age": {"young": ["young"], "old": ["old"]}, "gender": {"woman": ["woman"], "man": ["man"]}}
+    save_classifier(tmp_path / "judge.safetensors", Classifier(vocabulary, 8))
+    samples = GuidedSamples(text=["a man"], judge=[str(tmp_path / "judge.safetensors")])
+    trainer = tiny_trainer(tmp_path, max_steps=1, callbacks=[samples])
+    expected = r"^data.labels: got gender, age, .*, expected age, gender, as in GuidedSamples.judge$"
+    with pytest.raises(InputError, match=expected):
+        trainer.fit(tiny_module(clip=str(tiny_clip)), tiny_faces())
+    with pytest.raises(InputError, match=expected):  # as the command line does
+        samples.prepare(tiny_module(clip=str(tiny_clip)), tiny_faces())
 
 
 def test_a_monitor_that_is_not_logged_stops_before_training(tmp_path: Path) -> None:

@@ -389,7 +389,7 @@ class ClipwardCLI(LightningCLI):
         trainer: Any = self.trainer  # whose callbacks have no type
         for callback in trainer.callbacks:
             if isinstance(callback, GuidedSamples):
-                callback.prepare(self.model)
+                callback.prepare(self.model, self.datamodule)
         if isinstance(self.datamodule, OwnSamplesDataModule) and self.datamodule.draws:
             draw_own_samples(self.trainer, self.model.weights, self.datamodule)
 

@@ -14,7 +14,15 @@ from clipward.evaluation.judgements import Judgement
 from clipward.files import locate
 from clipward.networks.classifier import Classifier, load_classifier
 from clipward.networks.clip import CONFIG_FILE, Clip, text_cosines
-from clipward.networks.vocabulary import Prompts, Vocabulary, check_attributes, find_allowed, load_vocabulary
+from clipward.networks.vocabulary import (
+    Prompts,
+    Vocabulary,
+    check_attributes,
+    check_labels_of,
+    find_allowed,
+    find_labels,
+    load_vocabulary,
+)
 from clipward.texts import split_text
 
 JUDGE_FILE = "judge.json"  # in a CLIP's folder: {attribute: {value: {"prompt": a sentence, "words": [that name it]}}}
@@ -137,6 +145,19 @@ class Judges:
     def clip(self) -> Clip | None:
         """The first judge that is a CLIP."""
         return next((judge.clip for judge in self.judges.values() if isinstance(judge, ClipJudge)), None)
+
+    def check_data(self, data: Any, setting: str) -> None:
+        """Check that real pictures have the labels of the first judge, where they have any.
+
+        Args:
+            data: whose pictures generated ones are compared with.
+            setting: which names the judges, for errors.
+
+        Raises:
+            InputError: where attributes or values are missing, or have another order.
+        """
+        if find_labels(data) is not None:
+            check_labels_of(data, self.vocabulary, setting)
 
     def choose_clip(self, models: ScoresTexts | None) -> Clip | None:
         """Whose features CMMD compares: of the first judge that is a CLIP, else of the first CLIP that guides."""

@@ -44,7 +44,7 @@ class Reference:
 
         Args:
             batches: with an ``image``, (B, C, H, W) in [-1, 1], and ``labels``, (B, attributes) in the order of the
-                first judge's vocabulary, where there are any.
+                first judge's vocabulary, where there are any; further ones are left out.
             judges: whose features to take.
             device: where to compute them.
             models: what guides, whose CLIP serves for CMMD where no judge is one.
@@ -59,7 +59,7 @@ class Reference:
                 if clip is not None:
                     clip_features.append(clip.to(device).encode_image(image).cpu())
                 if "labels" in batch:
-                    labels.append(batch["labels"])
+                    labels.append(batch["labels"][:, : len(judges.vocabulary)])
         return cls(
             torch.cat(features),
             torch.cat(labels) if labels else None,
