@@ -77,7 +77,8 @@ class Evaluation(L.Callback):
 
     def on_test_start(self, trainer: L.Trainer, pl_module: HasSampler) -> None:
         self.signals.install()  # after the Trainer's own, which ends nothing before the next batch
-        self.meter = CostMeter(pl_module.sampler.network, pl_module.sampler.models.loaded())
+        sampler = pl_module.sampler
+        self.meter = CostMeter(sampler.network, sampler.models.loaded(), lambda: sampler.share_asked)
 
     def on_test_batch_start(
         self, trainer: L.Trainer, pl_module: HasSampler, batch: Any, batch_idx: int, dataloader_idx: int = 0

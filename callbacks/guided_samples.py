@@ -155,7 +155,7 @@ class GuidedSamples(L.Callback):
         self._drawn_step = step
         sampler = pl_module.sampler
         cells = self.list_cells(sampler.method)
-        meter = CostMeter(sampler.network, sampler.models.loaded())
+        meter = CostMeter(sampler.network, sampler.models.loaded(), lambda: sampler.share_asked)
         with isolate_rng(), trainer.precision_plugin.forward_context():
             meter.start()
             images = self.sample(cells, trainer, pl_module)

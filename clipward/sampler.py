@@ -66,6 +66,9 @@ class Sampler:
         averaged: a context within which the network has the weights to sample with.
         any_process: whether something is so in any of the processes that share a sharded network, which must all take
             the same way through it; None where each process has a network of its own.
+
+    Attributes:
+        share_asked: the share of what the networks see now that was asked for; other pictures fill up a batch.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class Sampler:
         self.network, self.architecture, self.models, self.config = network, architecture, models, config
         self.averaged, self._any_process = averaged, any_process
         self.schedule: Schedule = architecture.noise_schedule()
+        self.share_asked = 1.0
         self._chunk: int | None = None  # the most pictures that fit, once memory has run out
         self._inversions: dict[Any, tuple[Tensor, float]] = {}  # a picture's noise, and the error of its round trip
 
@@ -391,7 +395,7 @@ class Sampler:
         classes = self._fill([self.find_class(label) for label in labels or [None] * count])
         noise, edit = self._noise(seeds), given[0]
         steps = self.list_steps(edit)
-        with self._sampling():
+        with self._sampling(), self._filled(count):
             start, constrain = self._begin(given, noise, classes)
             objectives = [
                 self._make_objectives(texts[part], seeds[part], weights[part], given[part])
@@ -431,6 +435,15 @@ class Sampler:
     def _fill(self, values: Sequence[Any]) -> list[Any]:
         """Fill a batch up to a multiple of ``batch_multiple``."""
         return [*values, *[values[-1]] * (-len(values) % self.batch_multiple)]
+
+    @contextmanager
+    def _filled(self, count: int) -> Iterator[None]:
+        """Within, ``share_asked`` is that of a batch that is filled up from ``count``."""
+        self.share_asked = count / len(self._fill([None] * count))
+        try:
+            yield
+        finally:
+            self.share_asked = 1.0
 
     def _split(self, count: int) -> list[slice]:
         """The parts of a batch that networks see at once: on a CPU of one size, elsewhere all of it."""
@@ -636,8 +649,9 @@ class Sampler:
         texts = fill_empty_texts(self._fill(text))
         filled = torch.cat([image, image[-1:].expand(len(texts) - len(text), *image.shape[1:])])
         found: list[float] = []
-        for part in self._split(len(texts)):  # as the pictures were drawn
-            found += self.models.similarities(filled[part], texts[part]).tolist()
+        with self._filled(len(text)):
+            for part in self._split(len(texts)):  # as the pictures were drawn
+                found += self.models.similarities(filled[part], texts[part]).tolist()
         return [similarity if sentence else None for similarity, sentence in zip(found, text, strict=False)]
 
     @property

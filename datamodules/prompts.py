@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 from typing import Any, Literal
 
 import lightning as L
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import ChainDataset, DataLoader, IterableDataset
 
 from clipward.datamodules.edits import Edits
 from clipward.datamodules.requests import Request
@@ -130,10 +130,10 @@ class PromptDataModule(L.LightningDataModule):
         """This process's share of what is not ``done``."""
         if self.before_dealing is not None:
             self.before_dealing()
-        return self._loader(self.requests)
+        return DataLoader(self._deal(self.requests), batch_size=None)
 
     def test_dataloader(self) -> DataLoader:
-        """The same, with weights outermost: what a batch costs is what its weight costs.
+        """The same, with weights outermost and a new batch for each: what a batch costs is what its weight costs.
 
         An unguided picture is drawn once for each seed, for it is the same whatever the text.
         """
@@ -142,14 +142,18 @@ class PromptDataModule(L.LightningDataModule):
         if self.list_labels() != [None]:
             raise InputError("class_label: test draws one class, expected --class_label and none in rows; use predict")
         plain = {request.seed: replace(request, text="") for request in self.requests if not request.guidance_weight}
-        guided = [request for request in self.requests if request.guidance_weight]
-        return self._loader([*plain.values(), *sorted(guided, key=lambda request: request.guidance_weight)])
+        groups = {0.0: [*plain.values()]} if plain else {}
+        for request in self.requests:
+            if request.guidance_weight:
+                groups.setdefault(request.guidance_weight, []).append(request)
+        weights = sorted(groups, key=lambda weight: (weight != 0, weight))  # unguided pictures first
+        return DataLoader(ChainDataset([self._deal(groups[weight]) for weight in weights]), batch_size=None)
 
     def transfer_batch_to_device(self, batch: dict[str, list], device: Any, dataloader_idx: int) -> dict[str, list]:
         """As it is, for requests hold no tensors."""
         return batch
 
-    def _loader(self, requests: Iterable[Request]) -> DataLoader:
+    def _deal(self, requests: Iterable[Request]) -> "Dealt":
         rank, world = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
         done, size = self.done, self.micro_batch
         if isinstance(self.requests, Sized):  # a folder may hold more, which would make the batches seem fewer
@@ -157,7 +161,7 @@ class PromptDataModule(L.LightningDataModule):
             done = {index for index in done if index in asked}
         if size == "auto":  # where memory runs out on a GPU, it is halved; a CPU would swap
             size = 256 if self.trainer is not None and self.trainer.strategy.root_device.type == "cuda" else 16
-        return DataLoader(Dealt(requests, size, done, rank, world, self.requests.kinds), batch_size=None)
+        return Dealt(requests, size, done, rank, world, self.requests.kinds)
 
 
 class Dealt(IterableDataset):

@@ -366,7 +366,7 @@ def test_test_judges_prompt_accuracy(config: str, tmp_path: Path, capsys: pytest
     plain, guided = report["table"]
     assert (plain["guidance_weight"], guided["guidance_weight"], plain["pictures"]) == (0, 50, 3)
     assert guided["pictures"] == 6
-    assert (plain["cost"]["network_forwards"], plain["cost"]["network_backwards"]) == (16 / 3, 0)  # 3 filled up to 4
+    assert (plain["cost"]["network_forwards"], plain["cost"]["network_backwards"]) == (4, 0)
     assert guided["cost"]["network_backwards"] > 0
     assert guided["twin_distance"] > 0
     assert {"fid", "kid"} < plain.keys()
@@ -447,6 +447,15 @@ def test_test_keeps_what_the_judges_say_where_the_comparison_fails(
     assert not (tmp_path / "out/report.json").exists()  # which was of other pictures
     main(judged)  # goes into the same folder
     assert (tmp_path / "out/report.json").exists()
+
+
+def test_a_picture_costs_what_was_asked_for(judged: list[str], tmp_path: Path) -> None:
+    main([*judged, "--n_samples", "2", "--guidance_weight", "9", "100"])
+    table = json.loads((tmp_path / "out/report.json").read_text())["table"]
+    costs = {each["guidance_weight"]: each["cost"] for each in table}
+    passes = {weight: [cost["network_forwards"], cost["network_backwards"]] for weight, cost in costs.items()}
+    assert passes == {0: [2, 0], 9: [2, 2], 100: [2, 2]}  # though two pictures fill no batch
+    assert [cost["clip_passes"] for cost in costs.values()] == [0, 3, 3]  # one of them for the similarity
 
 
 def test_test_compares_with_nothing_where_a_stream_has_no_path(judged: list[str], tmp_path: Path) -> None:

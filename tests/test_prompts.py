@@ -117,6 +117,16 @@ def test_what_is_done_beyond_the_requests_leaves_none_out() -> None:
     assert len(loader.dataset) == 2  # where it were less, Lightning would stop early
 
 
+def test_a_batch_of_test_has_one_weight() -> None:
+    texts = [f"a man {i}" for i in range(3)]
+    data = PromptDataModule(text=texts, guidance_weight=[9, 0, -2], n_samples=2, micro_batch=4)
+    loader = data.test_dataloader()
+    batches = list(loader)
+    assert [batch["guidance_weight"] for batch in batches] == [[0] * 2, [-2] * 4, [-2] * 2, [9] * 4, [9] * 2]
+    assert len(loader) == len(batches)
+    assert sorted(seed for batch in batches[1:3] for seed in batch["seed"]) == [0, 0, 0, 1, 1, 1]
+
+
 def dealt(requests: Iterable[Request], micro_batch: int, world: int, done: Set[int] = frozenset()) -> list[list[dict]]:
     return [list(Dealt(requests, micro_batch, done, rank, world)) for rank in range(world)]
 

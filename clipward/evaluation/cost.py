@@ -2,7 +2,7 @@
 
 import resource
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +16,10 @@ class Cost:
     """What one picture costs.
 
     Args:
-        network_forwards: forward passes through the U-Net; a batch counts one for each of its pictures.
+        network_forwards: forward passes through the U-Net; a batch counts one for each of its pictures, and none for
+            those that only fill it up.
         network_backwards: backward passes through the U-Net, counted likewise.
-        clip_passes: pictures that the image towers of the guiding CLIPs encode.
+        clip_passes: pictures that the image towers of the guiding CLIPs encode, counted likewise.
         seconds: its share of the seconds that its batch takes.
         peak_bytes: the most memory in use while its batch was made. It is not divided by the batch size.
     """
@@ -65,30 +66,31 @@ class CostMeter:
     Args:
         network: the diffusion model's U-Net.
         clips: the CLIPs that guide or score.
+        share_asked: gives the share of the pictures that they see now which was asked for.
     """
 
-    def __init__(self, network: nn.Module, clips: Iterable[Clip]) -> None:
-        self._device = next(network.parameters()).device
-        self._forwards = self._backwards = self._clip_passes = 0
+    def __init__(self, network: nn.Module, clips: Iterable[Clip], share_asked: Callable[[], float]) -> None:
+        self._device, self._share_asked = next(network.parameters()).device, share_asked
+        self._forwards = self._backwards = self._clip_passes = 0.0
         self._started = time.perf_counter()
         self._hooks = [network.register_forward_hook(self._count_network)]
         for clip in clips:
             self._hooks.append(clip.model.get_submodule("visual").register_forward_hook(self._count_clip))
 
     def _count_network(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        self._forwards += len(output)
+        self._forwards += len(output) * self._share_asked()
         if output.requires_grad:
             output.register_hook(self._count_gradient)
 
     def _count_gradient(self, gradient: Tensor) -> None:
-        self._backwards += len(gradient)
+        self._backwards += len(gradient) * self._share_asked()
 
     def _count_clip(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        self._clip_passes += len(output)
+        self._clip_passes += len(output) * self._share_asked()
 
     def start(self) -> None:
         """Set all counts to zero."""
-        self._forwards = self._backwards = self._clip_passes = 0
+        self._forwards = self._backwards = self._clip_passes = 0.0
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)
         self._started = time.perf_counter()
