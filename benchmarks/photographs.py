@@ -35,7 +35,7 @@ from clipward.networks.vocabulary import find_allowed
 METHODS: dict[str, tuple[str, list[float], bool]] = {
     "unguided": ("clip_guidance", [0], False),
     "formula as written": ("clip_guidance", [50], False),
-    "contrastive, ordinary CLIP": ("contrastive_denoised", [5, 40], False),
+    "contrastive, ordinary CLIP": ("contrastive_denoised", [20, 160], False),
     "GLIDE": ("glide", [10], True),
     "contrastive": ("contrastive", [10, 80], True),
 }

@@ -86,7 +86,7 @@ LOGGER_ERROR = re.compile(  # what its constructor said, among what else the par
 )
 ENDINGS = {  # what the same command does after a signal has ended it
     "predict": "goes on where it stopped",
-    "test": "starts again from the beginning, since it writes nothing before its end",
+    "test": "starts again from the beginning, since it writes nothing before all pictures are drawn",
 }
 OF_THE_DISK = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
