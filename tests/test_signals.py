@@ -148,7 +148,7 @@ def test_test_ends_at_a_signal_and_writes_nothing(
     process.send_signal(number)
     said = "".join(heard) + process.communicate(timeout=120)[0]
     assert process.returncode == 128 + number, said
-    ending = "the same command starts again from the beginning, since it writes nothing before its end"
+    ending = "the same command starts again from the beginning, since it writes nothing before all pictures are drawn"
     assert said.strip().endswith(f"stopped by {number.name}; {ending}")
     assert "Traceback" not in said
     assert "frame #" not in said
