@@ -142,7 +142,7 @@ def contrastive(objectives: Objectives, weight: Tensor) -> list[Guidance]:
     return [GradientGuidance(views, weight, grad_noisy, shift_eps, limit=MOST)]
 
 
-@method("log-likelihood", 80, contrast=True, interval=(0.3, 1), solver="sde_dpmpp_2m", steps=40)
+@method("log-likelihood", 160, contrast=True, interval=(0.3, 1), solver="sde_dpmpp_2m", steps=40)
 def contrastive_denoised(objectives: Objectives, weight: Tensor) -> list[Guidance]:
     """∇ log p(x_t) + w·∇_{x_t} log p(y | x̂0(x_t)) with any CLIP, through the U-Net, over four views, limited as above.
 
