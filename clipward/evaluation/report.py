@@ -6,10 +6,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from clipward.evaluation.scores import Scores
 from clipward.files import atomic_write
+
+MARKERS = "osD^v"  # which tell apart methods of alike colours
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,15 @@ def save_report(path: Path, report: Report) -> None:
 
 def plot_scores(tables: Mapping[str, Sequence[Scores]]) -> Figure:
     """Plot prompt accuracy against FID: a line over its weights for each method, and a star for unguided pictures."""
-    plot = Figure(figsize=(8, 5), layout="constrained")
+    plot = Figure(figsize=(10, 5), layout="constrained")
     axes = plot.add_subplot()
+    axes.set_prop_cycle(color=colormaps["tab20"](range(20)))
     for number, (name, table) in enumerate(tables.items()):
         points = [(s.fid, 100 * s.prompt_accuracy, s.guidance_weight) for s in table if s.fid is not None]
         guided = [(x, y, weight) for x, y, weight in points if weight]
         if guided:
-            axes.plot([x for x, _, _ in guided], [y for _, y, _ in guided], "o-", label=name)
+            marker = MARKERS[number % len(MARKERS)]
+            axes.plot([x for x, _, _ in guided], [y for _, y, _ in guided], marker=marker, label=name)
         for x, y, weight in guided:
             beside = (5, 4 if number % 2 else -10)  # above one line, below the next
             axes.annotate(f"{weight:g}", (x, y), textcoords="offset points", xytext=beside, fontsize=8)
@@ -52,7 +57,7 @@ def plot_scores(tables: Mapping[str, Sequence[Scores]]) -> Figure:
             axes.plot(x, y, "*", color=colour, markersize=11, label=label)
     axes.set(xlabel="FID (lower is better)", ylabel="prompt accuracy, %", ylim=(0, 104))
     axes.grid(alpha=0.3)
-    axes.legend()
+    plot.legend(loc="outside right upper", fontsize=8)
     return plot
 
 
