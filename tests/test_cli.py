@@ -371,7 +371,7 @@ def test_test_judges_prompt_accuracy(config: str, tmp_path: Path, capsys: pytest
     assert guided["twin_distance"] > 0
     assert {"fid", "kid"} < plain.keys()
     assert plain["cost"]["peak_bytes"] > 2**20
-    assert Image.open(tmp_path / "out/curve.png").size == (1200, 750)
+    assert Image.open(tmp_path / "out/curve.png").size == (1500, 750)
     assert list((tmp_path / "out").glob("events.out.tfevents*"))
     assert [(row["text"], row["guidance_weight"]) for row in report["texts"]] == [
         ("an old man with a smile", 0),
