@@ -220,7 +220,7 @@ class PredictionWriter(BasePredictionWriter):
             if (self.save_dir / CONFIG_FILE).is_file():
                 self._take_lock()
             asked = requests.requests
-            difference = self.find_difference(asked, provenance, pl_module.sampler) if requests.done else ""
+            difference = self.find_other_source(asked, provenance, pl_module.sampler) if requests.done else ""
             if difference and not self.overwrite:
                 raise InputError(
                     f"save_dir: {self.save_dir} holds pictures {difference}; use another folder or --overwrite true"
@@ -231,8 +231,8 @@ class PredictionWriter(BasePredictionWriter):
         if trainer.strategy.broadcast(self.replaces):
             requests.done = set()
 
-    def find_difference(self, requests: Iterable[Request], provenance: dict[str, Any], sampler: Sampler) -> str:
-        """Say what the first picture that this run would make otherwise was made from; ``""`` where there is none.
+    def find_other_source(self, requests: Iterable[Request], provenance: dict[str, Any], sampler: Sampler) -> str:
+        """Say how the first finished picture that this run would make otherwise was made; ``""`` where there is none.
 
         Rows and requests are read one at a time, for there may be millions.
         """
@@ -423,7 +423,7 @@ def find_difference(theirs: str, ours: str) -> str:
 
 
 def find_other_request(row: dict[str, Any], request: Request, sampler: Sampler) -> str:
-    """Say what a row's picture was made from, where its request is another one; ``""`` where it is the same."""
+    """Say how a finished picture's request differs from the one of its index now; ``""`` where it does not."""
     asked = {
         "text": request.text,
         "seed": request.seed,

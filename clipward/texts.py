@@ -8,7 +8,7 @@ from clipward.errors import InputError, shorten
 
 TOKEN = re.compile(r"\\[|:\\]|.", re.DOTALL)  # an escaped character, or any character
 MOST_PARTS = 100
-MOST_WEIGHT = 1e6  # of a part; its least is the inverse
+MOST_PART_WEIGHT = 1e6  # the least is its inverse
 MARKS = re.compile(r"[|:\\]")  # without any of these a text is one sentence
 # control characters but white space, a byte order mark, and halves of characters, which no file can hold
 FAULTY = re.compile("[\x00-\x08\x0e-\x1f\x7f\ufeff\ud800-\udfff]")
@@ -85,7 +85,7 @@ def _read(tokens: list[str], number: int, count: int, text: str) -> Part:
     where = shorten(text) if count == 1 else f"part {number} of {shorten(text)}"
     if not words.strip():
         raise InputError(rf"text: {where} is empty, expected a sentence; write \| and \: for the characters themselves")
-    if not 1 / MOST_WEIGHT <= abs(weight) <= MOST_WEIGHT:
+    if not 1 / MOST_PART_WEIGHT <= abs(weight) <= MOST_PART_WEIGHT:
         raise InputError(
             f"text: {where} has the weight {weight:g}, expected a size from 1e-6 to 1e6; leave the part out for 0"
         )

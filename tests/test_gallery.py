@@ -186,7 +186,7 @@ def test_no_more_requests_are_read_than_pictures_are_there(tmp_path: Path) -> No
 
     filled(tmp_path, "files", count=2)
     sampler: Any = SimpleNamespace(describe=lambda *_: {})
-    assert PredictionWriter(str(tmp_path)).find_difference(endless(), {}, sampler) == ""
+    assert PredictionWriter(str(tmp_path)).find_other_source(endless(), {}, sampler) == ""
     assert read == [0, 1, 2]
 
 

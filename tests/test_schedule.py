@@ -118,6 +118,7 @@ def test_the_last_step_has_the_variance_of_the_one_before(name: str) -> None:
         *_, before, last = schedule.steps(n)
         assert last.variance_floor == before.posterior_variance
     assert schedule.steps(1)[-1].variance_floor == schedule.step(1, 0).posterior_variance
+    assert Schedule.from_name(name, 1).steps(1)[-1].variance_floor > 0
 
 
 def test_time_travel_goes_back_up_and_ends_at_the_data() -> None:

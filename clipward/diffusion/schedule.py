@@ -172,8 +172,9 @@ class Schedule:
         if not scheduler.to_data and ends[-1] == -1:
             steps[-1] = replace(steps[-1], alpha_bar_s=self.alpha_bar[0].item())
         steps[-1] = replace(steps[-1], s=-1)  # where a walk ends, also at a level above data
-        before = steps[-2] if n > 1 else self.step(min(1, len(self) - 1), 0)
-        steps[-1] = replace(steps[-1], variance_floor=before.posterior_variance)
+        if len(self) > 1:
+            before = steps[-2] if n > 1 else self.step(1, 0)
+            steps[-1] = replace(steps[-1], variance_floor=before.posterior_variance)
         return steps
 
     def _times(self, n: int, skip_type: SkipType) -> list[int]:

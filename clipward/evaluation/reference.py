@@ -68,9 +68,10 @@ class Reference:
         )
 
     def find_matching(self, texts: Sequence[str]) -> Tensor:
-        """(M,): places of as many pictures that the texts are true of as there are in the proportions of the texts.
+        """(M,): the places of pictures that the texts are true of.
 
-        All pictures, where there are no labels or a text is true of fewer than two.
+        There are as many as possible in the proportions of the texts. Where there are no labels, or a text is true of
+        fewer than two pictures, these are the places of all.
         """
         everything = torch.arange(len(self.features))
         if self.labels is None:

@@ -81,12 +81,8 @@ def _part_of_qkv(qkv: Tensor, part: str, head_channels: int | None) -> Tensor:
     return heads[:, ("query", "key", "value").index(part)].flatten(0, 1)
 
 
-def count_keys(state: State, pattern: str) -> int:
-    """How many of ``pattern`` with 0, 1, 2, … in place of ``{}`` are in ``state`` without a gap."""
-    return _count(lambda name: name in state, pattern)
-
-
-def _count(has: Callable[[str], bool], pattern: str) -> int:
+def count_keys(has: Callable[[str], bool], pattern: str) -> int:
+    """How many of ``pattern`` with 0, 1, 2, … in place of ``{}`` there are without a gap, as ``has`` says."""
     return next(n for n in itertools.count() if not has(pattern.format(n)))
 
 
@@ -114,7 +110,7 @@ def infer_config(state: State, naming: Naming, **family: Any) -> UNetConfig:
     def has(name: str) -> bool:
         return rename_key(name, naming) in state
 
-    count = partial(_count, has)
+    count = partial(count_keys, has)
 
     levels = range(count("down.{}.blocks.0.conv2.weight"))
     channels = tuple(shape(f"down.{level}.blocks.0.conv2.weight")[0] for level in levels)

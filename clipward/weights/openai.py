@@ -35,7 +35,7 @@ def from_state(state: State, path: Path, head_channels: int | None = None) -> We
     Raises:
         InputError: where a key is missing, extra or of another shape.
     """
-    blocks = count_keys(state, "output_blocks.{}.0.in_layers.0.weight")
+    blocks = count_keys(state.__contains__, "output_blocks.{}.0.in_layers.0.weight")
     joins = ("1.conv", "2.conv", "1.in_layers.0", "2.in_layers.0")
     last = [n for n in range(blocks) if any(f"output_blocks.{n}.{join}.weight" in state for join in joins)]
     num_res_blocks = min(last, default=max(blocks - 1, 0))  # the last block of a level leads to the next

@@ -23,7 +23,7 @@ def from_state(state: State, path: Path, head_channels: int | None = None) -> We
     Raises:
         InputError: where a key is missing, extra or of another shape.
     """
-    naming = make_naming(count_keys(state, "down.{}.block.0.conv1.weight"))
+    naming = make_naming(count_keys(state.__contains__, "down.{}.block.0.conv1.weight"))
     unet = infer_config(state, naming, **FAMILY | ({"head_channels": head_channels} if head_channels else {}))
     return Weights(Architecture(unet, infer_image_size(unet)), remap_state(state, unet, naming), UNSAID)
 

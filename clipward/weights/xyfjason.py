@@ -33,7 +33,7 @@ def from_state(state: State, path: Path, head_channels: int | None = None) -> We
     Raises:
         InputError: where a key is missing, extra or of another shape.
     """
-    levels = count_keys(state, "down_blocks.{}.0.blk1.0.weight")
+    levels = count_keys(state.__contains__, "down_blocks.{}.0.blk1.0.weight")
     attended = [i for i in range(levels) if f"down_blocks.{i}.1.q.weight" in state]
     num_res_blocks = sum(name.startswith("down_blocks.0.") and name.endswith(".blk1.0.weight") for name in state)
     naming = make_naming(levels, num_res_blocks, attended)
