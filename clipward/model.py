@@ -139,6 +139,7 @@ class Model:
                 for each in range(seed, seed + n_samples)
             ]
             self.sampler.check([edit])
+            self.sampler.models.check_texts(texts, self.sampler.method if weight else None)
             if negative_text and not any(weight for *_, weight in requests):
                 raise InputError(
                     f"negative_text: got {shorten(negative_text)}, but no picture is guided; give a text too"
@@ -182,6 +183,7 @@ def load(
     classifier: str | None = None,
     contrasts: str | list[list[str]] | None = None,
     neutral: str | None = None,
+    negative_text: str | None = None,
     device: str | torch.device | None = None,
     use_ema: bool = True,
     compile: bool = False,
@@ -198,6 +200,7 @@ def load(
         classifier: a noise-aware classifier's file.
         contrasts: groups of phrases that exclude each other, or the name of a set that ships, such as ``"faces"``.
         neutral: a text that is true of any picture, such as ``"a person"``.
+        negative_text: what no picture should show; a call of :meth:`Model.sample` may name another.
         device: such as ``"cuda"``; by default a GPU where there is one, else the CPU.
         use_ema: take the averaged weights of a file that also has those that train.
         compile: run the networks by ``torch.compile``, which takes a minute or more at the first passes.
@@ -217,6 +220,7 @@ def load(
         "classifier": classifier,
         "contrasts": contrasts,
         "neutral": neutral,
+        "negative_text": negative_text,
     }
     given = {
         key: str(value) if isinstance(value, os.PathLike) else value
@@ -248,7 +252,7 @@ def check_names(given: Mapping[str, Any], *configs: type) -> None:
     known = [name for config in configs for name in names_of(config)]
     unknown = next((name for name in given if name not in known), None)
     if unknown is not None:
-        raise InputError(f"sampling: got {unknown}, expected one of {', '.join(known)}")
+        raise InputError(f"settings: got {shorten(unknown)}, expected names among {', '.join(known)}")
 
 
 def check_switches(**given: Any) -> None:

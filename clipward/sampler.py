@@ -303,11 +303,12 @@ class Sampler:
                 if self._any_process is not None or not is_out_of_memory(error):
                     raise
                 self._chunk = self._halve(size, error)
-                free_memory()
+            else:
+                images.append(image)
+                retries += again
+                start += size
                 continue
-            images.append(image)
-            retries += again
-            start += size
+            free_memory()  # here, where no traceback holds the tensors of the failed batch
         return torch.cat(images), retries
 
     def _halve(self, size: int, error: RuntimeError) -> int:
@@ -343,7 +344,8 @@ class Sampler:
             return self.sample(text, seed, guidance_weight, progress, watch, edits, labels)
         if not self.models.names:
             raise InputError("clip: got none, expected the name of a CLIP to choose among candidates by")
-        owners = [i for i, guided in enumerate(prompted) for _ in range(self.config.candidates if guided else 1)]
+        most = self.config.candidates  # of all requests where processes share the network, and pass it together
+        owners = [i for i, each in enumerate(prompted) for _ in range(most if each or self.is_shared else 1)]
         firsts = [owners.index(i) for i in range(len(text))]
         names = [f"{seed[i]}/{at - firsts[i]}" if at > firsts[i] else seed[i] for at, i in enumerate(owners)]
         groups = [slice(first, end) for first, end in zip(firsts, [*firsts[1:], len(owners)], strict=True)]
@@ -475,7 +477,7 @@ class Sampler:
         draw: Callable[[int | str], Tensor] = noise
         if edit.invert and steps:
             keys = [self._inversion_key(each, number) for each, number in zip(given, classes, strict=True)]
-            inverted = self._invert(dict(zip(keys, zip(given, classes, strict=True), strict=True)))
+            inverted = self._invert(dict(zip(keys, zip(given, classes, strict=True), strict=True)), len(given))
             start = torch.stack([inverted[key][0] for key in keys])
             found = to_eps(image, start, steps[0].alpha_bar_t)
             draw = partial(lambda eps, _: eps, found)  # what is known comes from the same noise
@@ -486,19 +488,23 @@ class Sampler:
         mask = torch.stack([each.read_mask(noise.shape) for each in given]).to(self.device)
         return start, KeepKnown(image, (edit.strength or 0) * mask, len(self.schedule), draw)
 
-    def _invert(self, wanted: dict[Any, tuple[Edit, int]]) -> dict[Any, tuple[Tensor, float]]:
+    def _invert(self, wanted: dict[Any, tuple[Edit, int]], count: int) -> dict[Any, tuple[Tensor, float]]:
         """For each edit and class, the x_t at which DDIM's steps without guidance lead to its picture, and the error.
 
-        The error is a root mean square, of pictures in [-1, 1].
+        The error is a root mean square, of pictures in [-1, 1]. Processes that share the network pass it together, so
+        each of them inverts ``count``, the pictures of a batch.
         """
         missing = {key: value for key, value in wanted.items() if key not in self._inversions}
         found = {key: self._inversions[key] for key in wanted if key in self._inversions}
         if self._in_any_process(bool(missing)):
             missing = missing or dict([next(iter(wanted.items()))])
-            noise = self._noise(self._fill([0] * len(missing)))
-            edits, classes = zip(*self._fill(list(missing.values())), strict=True)
+            entries = list(missing.values())
+            entries = self._fill(entries + entries[-1:] * (count - len(entries) if self.is_shared else 0))
+            noise = self._noise([0] * len(entries))
+            edits, classes = zip(*entries, strict=True)
             image = torch.stack([edit.read_image(noise.shape) for edit in edits]).to(self.device)
-            denoise = self._make_denoiser([None] * len(self._split(len(image))), [0.0] * len(image), classes)
+            parts = self._split(len(image))
+            denoise = self._make_denoiser([None] * len(parts), [0.0] * len(image), classes, edits[0])
             steps = self.list_steps(edits[0], repeats=1)
             up = [step for step in reversed(steps) for _ in range(INVERSION_PASSES)]
             *_, top = self._walk(denoise, up, Inversion(), noise, image)
@@ -566,15 +572,15 @@ class Sampler:
     ) -> SplitDenoiser:
         """What denoises one picture for each weight and class, with the objectives of each part of the batch."""
         parts = self._split(len(weight))
-        weights, times = torch.tensor(weight, device=self.device), self._times(edit)
+        weights = torch.tensor(weight, device=self.device)
         denoisers = [
-            self._guided_denoiser(each, weights[part], classes[part], times)
+            self._guided_denoiser(each, weights[part], classes[part], edit)
             for part, each in zip(parts, objectives, strict=True)
         ]
         return SplitDenoiser(denoisers, parts[0].stop)
 
     def _guided_denoiser(
-        self, objectives: Objectives | None, weight: Tensor, classes: Sequence[int], times: tuple[float, float]
+        self, objectives: Objectives | None, weight: Tensor, classes: Sequence[int], edit: Edit | None = None
     ) -> GuidedDenoiser:
         """What denoises one picture for each weight, (B,), and each class; without objectives, unguided."""
         network: Callable[[Tensor, Tensor], Tensor] = self.network
@@ -587,7 +593,7 @@ class Sampler:
         guidances: list[Guidance] = []
         place = self.method.clamp if self.clip_denoised else "never"
         config = self.config
-        clamping = self.scheduler().noise_of_clamped, config.dynamic_thresholding_ratio, config.sample_max_value
+        clamping = self.scheduler(edit).noise_of_clamped, config.dynamic_thresholding_ratio, config.sample_max_value
         if self.clip_denoised:
             guidances.append(Clamp(None if place == "first" else weight == 0, *clamping))
         if objectives is not None:
@@ -595,7 +601,7 @@ class Sampler:
             guides = (
                 guide(weight) if schedule is None else [ScheduledGuidance(guide, weight, schedule, len(self.schedule))]
             )
-            guidances += [GuidanceInterval(guidance, *times) for guidance in guides]
+            guidances += [GuidanceInterval(guidance, *self._times(edit)) for guidance in guides]
         if place == "last":
             guidances.append(Clamp(weight != 0, *clamping))
         halved = torch.is_autocast_enabled(self.device.type) or self.network.conv_in.weight.dtype != torch.float32

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -11,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from clipward.datamodules.labels import check_classes, check_labels, read_labels
 from clipward.datamodules.loading import (
     MOST_PICTURES,
+    PictureDataModule,
     check_channels,
     check_loading,
     check_training,
@@ -26,7 +26,7 @@ from clipward.pictures import CONVERTERS, UnreadablePicture, check_picture, read
 VAL_SHARE, VAL_MOST = 0.02, 512
 
 
-class CelebAHQDataModule(L.LightningDataModule):
+class CelebAHQDataModule(PictureDataModule):
     """Pictures, resized with antialiasing, cropped at the centre and flipped half of the time.
 
     PNG, JPEG, WebP, BMP, GIF and TIFF are read, turned upright by their EXIF; transparent parts become white, unless
@@ -88,20 +88,6 @@ class CelebAHQDataModule(L.LightningDataModule):
         self.labels, self.first, self.count, self.val_count = labels, first, count, val_count
         self.cache, self.strict, self.channels = cache, strict, channels
         self.train_set: Subset | None = None
-
-    @property
-    def attributes(self) -> dict[str, list[str]] | None:
-        """The values of each attribute of the labels, in their order."""
-        return None if self.labels is None else {name: list(values) for name, values in self.labels.items()}
-
-    @property
-    def has_captions(self) -> bool:
-        return self.caption_column is not None
-
-    def prepare_data(self) -> None:
-        """Look at the data before a logger writes. Where there are several processes, all look, in ``setup``."""
-        if self.trainer is not None and self.trainer.world_size == 1:
-            self.setup(self.trainer.state.fn)
 
     def setup(self, stage: str) -> None:
         if self.train_set is None:

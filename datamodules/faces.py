@@ -8,7 +8,6 @@ import math
 import random
 from collections.abc import Sequence
 
-import lightning as L
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from clipward.datamodules.loading import (
     MOST_PICTURES,
+    PictureDataModule,
     Size,
     check_channels,
     check_loading,
@@ -353,7 +353,7 @@ class Faces(Dataset[dict]):
         return item if self.classes is None else item | {"class_label": labels[list(ATTRIBUTES).index(self.classes)]}
 
 
-class FacesDataModule(L.LightningDataModule):
+class FacesDataModule(PictureDataModule):
     """Drawn faces for training and validation, no two of them the same.
 
     Args:
@@ -399,15 +399,11 @@ class FacesDataModule(L.LightningDataModule):
 
     @property
     def attributes(self) -> dict[str, list[str]]:
-        """The values of each attribute of the labels, in their order."""
         return {name: list(values) for name, values in ATTRIBUTES.items()}
 
-    has_captions = True
-
-    def prepare_data(self) -> None:
-        """Look at the data before a logger writes. Where there are several processes, all look, in ``setup``."""
-        if self.trainer is not None and self.trainer.world_size == 1:
-            self.setup(self.trainer.state.fn)
+    @property
+    def has_captions(self) -> bool:
+        return True
 
     def setup(self, stage: str) -> None:
         if stage == "fit":

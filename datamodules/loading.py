@@ -17,6 +17,32 @@ Size = int | Sequence[int]  # height and width, or both in that order
 MOST_PIXELS, MOST_PICTURES, MOST_WORKERS = 2**14, 2**40, 2**10
 
 
+class PictureDataModule(L.LightningDataModule):
+    """Data of pictures that may have captions and labels; what trains and judges asks it which there are.
+
+    Attributes:
+        caption_column: where the captions stand, None without any.
+        labels: attributes of the pictures, their values and the columns of these, None without any.
+    """
+
+    caption_column: str | None = None
+    labels: dict[str, dict[str, str | None]] | None = None
+
+    @property
+    def attributes(self) -> dict[str, list[str]] | None:
+        """The values of each attribute of the labels, in their order."""
+        return None if self.labels is None else {name: list(values) for name, values in self.labels.items()}
+
+    @property
+    def has_captions(self) -> bool:
+        return self.caption_column is not None
+
+    def prepare_data(self) -> None:
+        """Look at the data before a logger writes. Where there are several processes, all look, in ``setup``."""
+        if self.trainer is not None and self.trainer.world_size == 1:
+            self.setup(self.trainer.state.fn)
+
+
 def check_whole(least: int, most: int, **values: Any) -> None:
     """Check settings of a data module, by name: whole numbers from ``least`` to ``most``.
 

@@ -11,7 +11,7 @@ from torch.utils.data import ChainDataset, DataLoader, IterableDataset
 from clipward.datamodules.edits import Edits
 from clipward.datamodules.requests import Request
 from clipward.datamodules.rows import Product, Requests, read_prompts, read_rows
-from clipward.editing import Edit, list_kinds
+from clipward.editing import Edit
 from clipward.errors import InputError, shorten
 from clipward.values import MOST_SEED, ClassLabel, check_seed, check_weight
 
@@ -107,8 +107,8 @@ class PromptDataModule(L.LightningDataModule):
             self.requests = read_rows(prompts, weights, seeds, edits)
 
     def list_kinds(self) -> list[Edit | None]:
-        """One edit of each kind that the requests have; None stands for pictures without any."""
-        return list_kinds(self.requests.edits())
+        """One edit of each kind and margin that the requests have; None stands for pictures without any."""
+        return list({edit and (edit.kind, edit.outpaint): edit for edit in self.requests.edits()}.values())
 
     def list_labels(self) -> list[ClassLabel]:
         """The class labels of the requests; None stands for that of the run."""

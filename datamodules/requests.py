@@ -54,7 +54,7 @@ def check_request(text: Any, seed: Any, guidance_weight: Any, edit: Edit | None 
         raise InputError(
             f"text: got {shorten(text)}, expected a sentence; use guidance_weight 0 for an unguided picture"
         )
-    return text, seed, guidance_weight
+    return text if text.strip() else "", seed, guidance_weight
 
 
 def check_columns(names: Iterable[Any]) -> None:

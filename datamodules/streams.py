@@ -3,13 +3,25 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, IterableDataset, default_collate, get_worker_info
 
-from clipward.datamodules.labels import check_classes, check_label_columns, choose_labels, list_label_columns
-from clipward.datamodules.loading import MOST_PICTURES, check_channels, check_loading, check_whole, to_pair
+from clipward.datamodules.labels import (
+    check_classes,
+    check_label_columns,
+    check_labels,
+    choose_labels,
+    list_label_columns,
+)
+from clipward.datamodules.loading import (
+    MOST_PICTURES,
+    PictureDataModule,
+    check_channels,
+    check_loading,
+    check_whole,
+    to_pair,
+)
 from clipward.datamodules.sources import check_captions, open_stream, to_source
 from clipward.errors import InputError, shorten
 from clipward.pictures import CONVERTERS, UnreadablePicture, read_picture
@@ -17,7 +29,7 @@ from clipward.pictures import CONVERTERS, UnreadablePicture, read_picture
 BATCH = 64  # rows that are read at once
 
 
-class StreamDataModule(L.LightningDataModule):
+class StreamDataModule(PictureDataModule):
     """Pictures of a data set that is read row by row and never as a whole, so that it may be of any size.
 
     The shards are shuffled again for each pass, and dealt to the processes and their workers; where there are fewer
@@ -69,13 +81,10 @@ class StreamDataModule(L.LightningDataModule):
         self.path, self.size, self.batch_size, self.num_workers = path, size, batch_size, num_workers
         self.split, self.image_column, self.shuffle_buffer = split, image_column, shuffle_buffer
         self.val_count, self.channels = val_count, channels
+        if labels is not None:
+            check_labels(labels)
         self.caption_column, self.labels, self.classes = caption_column, labels, classes
         self.rows: Any = None
-
-    def prepare_data(self) -> None:
-        """Look at the data before a logger writes. Where there are several processes, all look, in ``setup``."""
-        if self.trainer is not None and self.trainer.world_size == 1:
-            self.setup(self.trainer.state.fn)
 
     def setup(self, stage: str) -> None:
         if self.rows is None:

@@ -126,6 +126,8 @@ class DDPMModule(Reproducible):
             they are for.
     """
 
+    can_shard = True
+
     def __init__(
         self,
         network: Architecture = Architecture(),

@@ -25,6 +25,7 @@ class Reproducible(L.LightningModule):
     """
 
     training_seed: int | None = None
+    can_shard = False  # whether ``configure_model`` spreads the network over the processes of a ``Sharded`` strategy
     _ended: float | None = None  # when the work on the last batch ended
     _seconds, _pictures = 0.0, 0  # since the last log
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from browser import browser  # noqa: F401
 from PIL import Image
 
@@ -145,6 +146,24 @@ def test_a_config_that_draws_nothing_is_told(tmp_path: Path) -> None:
         load_studio("faces_clip")
     with pytest.raises(InputError, match="config: got 'nowhere', expected a YAML file or one of "):
         load_studio("nowhere")
+    for section in ("null", "other.yaml", "{class_path: clipward.lightning_modules.ddpm.DDPMModule}"):
+        (tmp_path / "other.yaml").write_text(f"model: {section}")
+        with pytest.raises(InputError, match=r"config: got .*other.yaml', expected one of a model that draws"):
+            load_studio(str(tmp_path / "other.yaml"))
+
+
+def test_the_page_draws_with_the_model_of_its_config(config: str, tmp_path: Path, tiny_weights: Path) -> None:
+    other = yaml.safe_load(Path(config).read_text())
+    model = other["model"]["init_args"]
+    model |= {"weights": model.pop("default_weights"), "default_weights": "nowhere.safetensors"}
+    model["guidance"]["negative_text"] = "a beard"
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
+    sampler = load_studio(str(tmp_path / "other.yaml"), device="cpu").model.sampler
+    assert sampler.models.config.negative_text == "a beard"
+    model["guidance"]["clipp"] = "x"
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(other))
+    with pytest.raises(InputError, match="settings: got 'clipp', expected names among clip, "):
+        load_studio(str(tmp_path / "other.yaml"))
 
 
 # in a browser

@@ -73,6 +73,15 @@ def test_texts_are_encoded_once(tiny_clip: Path) -> None:
     assert torch.equal(clip.encode_text(["a man", "a man"])[1], first[0])
 
 
+def test_texts_are_not_kept_without_end(tiny_clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("clipward.networks.clip.MOST_TEXTS", 2)
+    clip = Clip.load(str(tiny_clip))
+    texts = ["a man", "a girl", "old", "young"]
+    together = clip.encode_text(texts)
+    assert torch.equal(torch.cat([clip.encode_text([text]) for text in texts]), together)
+    assert list(clip._texts) == texts[2:]
+
+
 def test_a_text_that_does_not_fit_is_refused_with_the_excess(tiny_clip: Path) -> None:
     clip = Clip.load(str(tiny_clip))
     fits = " ".join(["man"] * 14)

@@ -4,10 +4,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY_CLIP, randomise, tiny_faces, tiny_trainer
-from PIL import Image
 
 from clipward.datamodules.celebahq import CelebAHQDataModule
 from clipward.datamodules.faces import ATTRIBUTES
+from clipward.datamodules.streams import StreamDataModule
 from clipward.diffusion.schedule import Schedule
 from clipward.errors import InputError
 from clipward.guidance.objectives import ClipSimilarity
@@ -15,6 +15,7 @@ from clipward.lightning_modules.classifier import ClassifierModule
 from clipward.lightning_modules.clip import ClipModule
 from clipward.lightning_modules.degrade import diffuse
 from clipward.lightning_modules.optim import OptimConfig
+from clipward.lightning_modules.sharding import Sharded
 from clipward.networks.clip import (
     OPENAI_PREPROCESSING,
     Clip,
@@ -170,15 +171,25 @@ def test_the_first_caption_that_is_cut_is_named_once(recwarn: pytest.WarningsRec
     assert said == [f"data.caption_column: {long!r}, and perhaps others, is cut to the CLIP's 16 tokens"]
 
 
-def test_a_fit_asks_the_data_for_captions_and_labels(tmp_path: Path) -> None:
-    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
-    bare = CelebAHQDataModule(str(tmp_path), size=16, batch_size=1)
+@pytest.mark.parametrize("pictures", [CelebAHQDataModule, StreamDataModule])
+def test_a_fit_asks_the_data_for_captions_and_labels(tmp_path: Path, pictures: type) -> None:
+    bare = pictures(str(tmp_path), size=16, batch_size=1)
     with pytest.raises(InputError, match=r"^data.caption_column: got none, expected the column of the captions"):
         ClipModule(**{name.removesuffix("_cfg"): value for name, value in TINY_CLIP.items()}).check_data(bare)
     with pytest.raises(InputError, match=r"^data.labels: got none, expected labels of gender, age, hair"):
         ClassifierModule("faces", width=8).check_data(bare)
     ClassifierModule("faces", width=8).check_data(tiny_faces())
     labels = {name: dict.fromkeys(values, "x") for name, values in [*ATTRIBUTES.items(), ("more", ("a", "b"))]}
-    further = CelebAHQDataModule(str(tmp_path), size=16, batch_size=1, labels=labels)
+    further = pictures(str(tmp_path), size=16, batch_size=1, labels=labels)
     with pytest.raises(InputError, match=r"^data.labels: got more, which model.vocabulary has not; leave it out$"):
         ClassifierModule("faces", width=8).check_data(further)
+
+
+@pytest.mark.parametrize("name", ["ClipModule", "ClassifierModule"])
+def test_networks_that_can_not_be_sharded_are_refused(tmp_path: Path, name: str) -> None:
+    tiny = {each.removesuffix("_cfg"): value for each, value in TINY_CLIP.items()}
+    module = ClipModule(**tiny) if name == "ClipModule" else ClassifierModule("faces", width=8)
+    with pytest.raises(
+        InputError, match=r"^trainer.strategy: got fsdp, which serves diffusion models alone; use -c ddp"
+    ):
+        tiny_trainer(tmp_path, strategy=Sharded(), devices=1).fit(module, tiny_faces())

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -213,6 +214,40 @@ def test_an_inverted_picture_comes_back_and_says_how_closely(tiny_weights: Path,
     assert errors[1] < 0.3 * errors[0]
 
 
+def test_an_inversion_is_as_close_whichever_steps_the_weights_ask_for(tiny_weights: Path, picture: str) -> None:
+    errors, edit = [], Edit(picture, strength=0.5, invert=True)
+    for name in ("ddpm", "ddim"):
+        sampler = make_sampler(tiny_weights, skip_steps=20, skip_type="uniform")
+        scheduler = replace(sampler.architecture.scheduler, sampler=name)
+        sampler.architecture = replace(sampler.architecture, scheduler=scheduler)
+        draw(sampler, edit)
+        errors.append(sampler.describe(edit)["round_trip_error"])
+    assert errors[0] == errors[1]
+
+
+def test_processes_that_share_a_network_pass_it_equally_often(
+    tiny_weights: Path, tiny_clip: Path, picture: str, tmp_path: Path
+) -> None:
+    Image.effect_noise((16, 16), 60).convert("RGB").save(tmp_path / "other.png")
+    same, both = (
+        [Edit(name, strength=0.5, invert=True) for name in (picture, other)]
+        for other in (picture, str(tmp_path / "other.png"))
+    )
+    passes = []
+    for text, edits in (("", None), ("a man", None), ("", same), ("", both)):
+        config = SamplingConfig(skip_steps=4, batch_multiple=1, candidates=3)
+        module = tiny_module(weights=str(tiny_weights), clip=str(tiny_clip), sampling=config)
+        module.configure_model()
+        sampler = module.sampler
+        sampler._any_process = lambda here: True
+        forward = Mock(wraps=sampler.network.forward)
+        sampler.network.forward = forward
+        sampler.best_of_n([text] * 2, [1, 2], [9.0 if text else 0.0] * 2, edits=edits)
+        passes.append(forward.call_count)
+    assert passes[0] == passes[1]
+    assert passes[2] == passes[3]
+
+
 def test_one_batch_has_edits_of_one_kind(tiny_weights: Path, picture: str) -> None:
     edits = [Edit(picture, strength=0.5), Edit(picture, strength=0.6)]
     with pytest.raises(ValueError, match="several kinds"):
@@ -296,6 +331,7 @@ def test_processes_get_edits_of_one_kind_at_a_time_and_each_request_once(picture
         ("--init_image picture.png --outpaint 0.5", "outpaint: got .*0.5.*, expected four shares"),
         ("--init_image picture.png --outpaint 0.5 0 0 0", "outpaint: .* expected left \\+ right to be as much"),
         ("--init_image picture.png --mask picture.png --outpaint 0 0 .5 .5", "outpaint: got a mask too"),
+        ("--prompts rows.jsonl", r"outpaint: .*0\.001"),
         ("--init_image picture.png --invert --solver unipc", "invert: got unipc beside it"),
         ("--init_image picture.png --invert --model.sampling.ddim false", "invert: got ddim false beside it"),
         ("--init_image picture.png --strength 0.001 --skip_type trailing", "strength: got 0.001, but no step begins"),
@@ -307,6 +343,11 @@ def test_a_mistake_is_one_line_before_anything_is_drawn(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    shares = [[0.1] * 4, [0.001] * 4]  # of which the second gives no margin
+    rows = [
+        json.dumps({"text": "", "guidance_weight": 0, "init_image": "picture.png", "outpaint": each}) for each in shares
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     with pytest.raises(SystemExit, match=f"^error: {message}") as stopped:
         main(["predict", "-c", config, "--n_samples", "1", "--save_dir", "x", *flags.split()])
     assert "\n" not in str(stopped.value)

@@ -279,6 +279,15 @@ def test_labels_after_those_of_the_judge_are_left_out(tmp_path: Path) -> None:
     assert reference.matching_attributes(reference.features) is not None
 
 
+@pytest.mark.parametrize("count", [0, 1])
+def test_without_pictures_to_compare_with_there_is_no_fid(tmp_path: Path, count: int) -> None:
+    save_classifier(tmp_path / "judge.safetensors", Classifier(VOCABULARY, 8))
+    judges = Judges([str(tmp_path / "judge.safetensors")], ["a man"])
+    batches = [{"image": torch.zeros(1, 3, 16, 16)}] * count
+    with pytest.warns(UserWarning, match=f"data: got {count} pictures to compare with, expected two or more"):
+        assert Reference.from_batches(batches, judges, torch.device("cpu")) is None
+
+
 def test_pictures_are_compared_with_those_that_have_the_same_attributes_whatever_was_asked() -> None:
     generator = torch.Generator().manual_seed(0)
     vocabulary = {"gender": {"woman": [], "man": []}, "hair": {"black": [], "red": [], "grey": []}}

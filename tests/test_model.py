@@ -85,7 +85,7 @@ def test_a_model_that_fit_made(tmp_path: Path, tiny_clip: Path) -> None:
     ("call", "message"),
     [
         (lambda model: model.sample("a man", n_samples=0), "n_samples: got 0, expected 1 to 1000000"),
-        (lambda model: model.sample("a man", steps=3), "sampling: got steps, expected one of method, "),
+        (lambda model: model.sample("a man", steps=3), "settings: got 'steps', expected names among method, "),
         (lambda model: model.sample("a man", skip_steps=0), "skip_steps: got 0, expected 1 to 100"),
         (lambda model: model.sample("a man"), "clip: got none"),
         (lambda model: clipward.load("nothing.pt"), "weights: .*nothing.pt"),
@@ -109,6 +109,15 @@ def test_bad_input_is_one_line(call, message: str, tiny_weights: Path) -> None:
     with pytest.raises(clipward.InputError, match=message) as raised:
         call(clipward.load(tiny_weights))
     assert "\n" not in str(raised.value)
+
+
+def test_all_texts_are_checked_before_any_is_drawn(
+    tiny_weights: Path, tiny_clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = clipward.load(tiny_weights, clip=str(tiny_clip))
+    monkeypatch.setattr(model, "_draw", None)
+    with pytest.raises(clipward.InputError, match=r"text: .* tokens too long"):
+        model.sample(["a man", "man " * 99], n_samples=16)
 
 
 def test_the_readme_shows_python_that_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -180,7 +189,7 @@ def test_a_value_of_another_type_is_one_line(field: str, value: object, message:
         ("neutral", "\ud800", "neutral: got .*, expected a sentence"),
         ("use_ema", "yes", "use_ema: got 'yes', expected true or false"),
         ("compile", 1, "compile: got 1, expected true or false"),
-        ("foo", 1, "sampling: got foo, expected one of method"),
+        ("foo", 1, "settings: got 'foo', expected names among method"),
     ],
 )
 def test_an_argument_of_another_type_is_one_line(field: str, value: object, message: str) -> None:

@@ -1,5 +1,6 @@
 """Particles against a Gaussian prior with a Gaussian likelihood, whose posterior is known in closed form."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -161,3 +162,8 @@ def test_a_batch_of_memory_is_shared_by_candidates(
     assert len(whole) == len(halves) == 4
     with pytest.raises(InputError, match="candidates"):
         drawn(tmp_path, tiny_weights, tiny_clip, ["a man"], candidates=8)
+    room, handled = 2, []  # an error that is handled holds what should be freed
+    monkeypatch.setattr("clipward.sampler.free_memory", lambda: handled.append(sys.exc_info()[0]))
+    drawn(tmp_path, tiny_weights, tiny_clip, ["a man"], micro_batch=16, batch_multiple=1)
+    assert handled == [None]
+    assert sizes[-1] == 2

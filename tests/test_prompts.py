@@ -93,6 +93,12 @@ def test_a_file_of_requests(tmp_path: Path) -> None:
     ]
 
 
+def test_a_text_of_white_space_is_none(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": " ", "guidance_weight": 0}')
+    requests = PromptDataModule(prompts=str(tmp_path / "rows.jsonl")).requests
+    assert {request.text for request in requests} == {""}
+
+
 def test_batches_are_lists_and_leave_out_what_is_done() -> None:
     data = PromptDataModule(text=["a man"], guidance_weight=[9], n_samples=3, unguided=False, micro_batch=2)
     data.done = frozenset({1})

@@ -161,6 +161,7 @@ def test_an_upward_step_adds_the_noise_of_its_level() -> None:
     walk = list(sample(denoise, steps, ddim(0), Noise(range(32), SHAPE)))
     expected_mean = walk[0].x.mean() * (steps[1].alpha_bar_s / steps[1].alpha_bar_t) ** 0.5
     assert walk[1].x.mean().item() == pytest.approx(expected_mean.item(), abs=0.02)
+    assert (walk[1].x0 == 0.5).all()  # of the step before, since nothing is predicted
     assert walk[1].x.std().item() == pytest.approx((1 - steps[1].alpha_bar_s / steps[1].alpha_bar_t) ** 0.5, rel=0.02)
 
 

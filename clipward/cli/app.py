@@ -19,12 +19,13 @@ from clipward.cli.help import COMMANDS
 from clipward.cli.parser import OneLineParser
 from clipward.cli.settings import find_config
 from clipward.errors import InputError, shorten
-from clipward.files import atomic_write, check_writable
+from clipward.files import atomic_write, check_writable, locate
 from clipward.guidance.core import GuidanceError
 from clipward.guidance.methods import AUTO, METHODS
 from clipward.guidance.models import GuidanceConfig
-from clipward.model import MICRO_BATCH, Model, load
+from clipward.model import MICRO_BATCH, Model, check_names, load
 from clipward.sampler import to_picture
+from clipward.sampling_config import SamplingConfig
 from clipward.texts import check_text
 from clipward.values import check_seed, check_weight
 from clipward.yaml_files import read_mapping
@@ -354,13 +355,17 @@ def load_studio(
     Raises:
         InputError: where the config is none of a model that draws, or its weights can't be read.
     """
-    settings = read_mapping(find_config(config)).get("model", {}).get("init_args", {})
-    name = weights or settings.get("default_weights")
-    if name is None or not {"guidance", "sampling", "default_weights"} & settings.keys():
+    section = read_mapping(find_config(config)).get("model")
+    section = section if isinstance(section, dict) else {}  # another config's path, or nothing
+    settings = section.get("init_args") or {}
+    name = weights or settings.get("weights") or settings.get("default_weights")
+    if name is None or not str(section.get("class_path")).endswith("DDPMModule"):
         raise InputError(f"config: got {shorten(config)}, expected one of a model that draws, such as faces")
-    guidance = GuidanceConfig(**settings.get("guidance", {}))
-    given = {key: value for key, value in vars(guidance).items() if value is not None}
-    model = load(name, device=device, **given, **settings.get("sampling", {}))
+    guidance, sampling = (settings.get(part) or {} for part in ("guidance", "sampling"))
+    check_names(guidance, GuidanceConfig)
+    check_names(sampling, SamplingConfig)
+    how = {key: settings[key] for key in ("use_ema", "compile") if key in settings}
+    model = load(locate(name), device=device, **how, **guidance, **sampling)  # guided as the config says alone
     command = ["clipward", "predict", "-c", config, *([f"--weights={weights}"] if weights else [])]
     return Studio(model, command, Path(save_dir))
 

@@ -21,7 +21,7 @@ Constraint = Callable[[Tensor, Step], Tensor]  # x_s after a step, and what is p
 
 class State(NamedTuple):
     x: Tensor  # (B, C, H, W) after the step
-    x0: Tensor  # (B, C, H, W), what the step predicted
+    x0: Tensor  # (B, C, H, W), what the step predicted; of a step that puts noise back, what the one before did
     step: Step
 
 
@@ -71,18 +71,18 @@ def sample(
         start: (B, C, H, W), x_t of the first step; pure noise by default.
         constrain: what x_s must keep to after each step that denoises.
     """
-    x = noise(0) if start is None else start
+    x = x0 = noise(0) if start is None else start
     for k, step in enumerate(steps, start=1):
         step = replace(step, number=k)
         if step.s > step.t:
             keep = step.alpha_bar_s / step.alpha_bar_t
             x = keep**0.5 * x + (1 - keep) ** 0.5 * noise(k)
-            yield State(x, x, step)
+            yield State(x, x0, step)
             continue
         prediction = denoise(x, step)
-        x = update(x, prediction, step, partial(noise, k))
+        x, x0 = update(x, prediction, step, partial(noise, k)), prediction.x0
         x = x if constrain is None else constrain(x, step)
-        yield State(x, prediction.x0, step)
+        yield State(x, x0, step)
 
 
 def ancestral(x: Tensor, pred: Prediction, step: Step, draw: Draw) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from clipward.evaluation.judges import Judges, ScoresTexts
@@ -39,7 +40,7 @@ class Reference:
         judges: Judges,
         device: torch.device,
         models: ScoresTexts | None = None,
-    ) -> "Reference":
+    ) -> "Reference | None":
         """The features, by ``judges`` on ``device``, of batches of pictures.
 
         Args:
@@ -48,6 +49,9 @@ class Reference:
             judges: whose features to take.
             device: where to compute them.
             models: what guides, whose CLIP serves for CMMD where no judge is one.
+
+        Returns:
+            None, with a warning, where there are fewer than two pictures.
         """
         judges.to(device)
         clip = judges.choose_clip(models)
@@ -60,6 +64,10 @@ class Reference:
                     clip_features.append(clip.to(device).encode_image(image).cpu())
                 if "labels" in batch:
                     labels.append(batch["labels"][:, : len(judges.vocabulary)])
+        count = sum(map(len, features))
+        if count < 2:
+            rank_zero_warn(f"data: got {count} pictures to compare with, expected two or more; FID is left out")
+            return None
         return cls(
             torch.cat(features),
             torch.cat(labels) if labels else None,

@@ -236,7 +236,7 @@ def polyak(objectives: Objectives, weight: Tensor) -> list[Guidance]:
     return [GradientGuidance(augmented, weight, grad_denoised, shift_sample, step_length)]
 
 
-@method("step", 1)
+@method("step", 1, clamp="never")
 def cutouts(objectives: Objectives, weight: Tensor) -> list[Guidance]:
     """Crowson's: μ + σ_t²·g through the U-Net on a blend of x̂0 and x_t, with a spherical distance over 16 cuts (1000),
     total variation (150) and range (50)."""

@@ -27,6 +27,7 @@ MOST_SIDE, MOST_TOKENS = 8192, 8192  # pixels of a picture's side, and tokens of
 MOST_FEATURES = 65536
 VOCABULARY = 49408  # tokens that CLIP's own encoder knows
 WHOLE = ("image_size", "patch_size", "width", "heads", "head_width", "context_length", "vocab_size")
+MOST_TEXTS = 4096  # whose features are kept
 LEAST_STD = 1e-6  # of a picture's values, by which they are divided
 OPENAI_PREPROCESSING = {
     "mode": "RGB",
@@ -176,7 +177,7 @@ class Clip:
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str], normalise: bool = True) -> Tensor:
-        """(N, D), of unit length unless ``normalise`` is False; each text is encoded once and kept.
+        """(N, D), of unit length unless ``normalise`` is False; the last texts that were encoded are kept.
 
         Raises:
             InputError: where a text is empty or longer than the context.
@@ -189,6 +190,8 @@ class Clip:
                     features = self.model.encode_text(self.tokenizer([text]).to(device))
                 self._texts[text] = features.float()[0]
         found = torch.stack([self._texts[text].to(device) for text in texts])
+        for text in list(self._texts)[: max(0, len(self._texts) - MOST_TEXTS)]:
+            del self._texts[text]
         return F.normalize(found, dim=-1) if normalise else found
 
     def check_length(self, text: str) -> None:
