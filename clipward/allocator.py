@@ -12,7 +12,7 @@ MAPPED, KEPT = 128 * 2**20, 2**30  # bytes
 def keep_freed_memory() -> bool:
     """Raise glibc's thresholds, so that freed activations of up to 128 MiB are used again by the next step.
 
-    By default glibc maps every block of more than 32 MiB and unmaps it when it is freed. At 256×256 pixels, a sixth of
+    By default glibc maps every block of more than 32 MiB and unmaps it when it is freed. At 256×256 pixels, a fifth of
     a guided step is spent in the page faults of that. In exchange the process takes more memory, about half of what the
     lean backward pass saves. Nothing is changed with other C libraries, or where the environment has
     ``CLIPWARD_MALLOC=0``.

@@ -40,7 +40,7 @@ MODEL_FLAGS = {
     ),
     "negative_text": Flag("what no picture should show", "X", str, sets="guidance.negative_text"),
     "weight_schedule": Flag(
-        "factors of the weight from noise (1) to picture (0): '0.0:0.5 0.4:1 0.8:0'",
+        "factors of the weight from picture (0) to noise (1): '0.0:0.5 0.4:1 0.8:0'",
         "X",
         sets="sampling.weight_schedule",
     ),
@@ -51,7 +51,7 @@ MODEL_FLAGS = {
         "NAME",
         sets="sampling.skip_type",
     ),
-    "solver": Flag("who takes the steps, for fewer: dpmpp_2m, sde_dpmpp_2m or unipc", "NAME", sets="sampling.solver"),
+    "solver": Flag("a solver that needs fewer steps: dpmpp_2m, sde_dpmpp_2m or unipc", "NAME", sets="sampling.solver"),
     "class_label": Flag(
         "the class of the pictures, by name or number, for a model of classes", "X", str, sets="sampling.class_label"
     ),
@@ -108,8 +108,8 @@ FOLDER_FLAGS = {
 }
 NUMBER_FLAGS = {"first_index": Flag("the number of the first picture", "N", int, 0)}
 AGAIN_FLAGS = {
-    "again": Flag("make a picture again, by what it says of itself, such as out/x/000003.png", "PICTURE", str),
-    "vary": Flag("draw --n_samples further seeds of a picture, by what it says of itself", "PICTURE", str),
+    "again": Flag("draw a picture again with the settings in its file, such as out/x/000003.png", "PICTURE", str),
+    "vary": Flag("draw the next --n_samples seeds with the settings in a picture's file", "PICTURE", str),
 }
 OUTPUT_FLAGS = {
     "output": Flag("files (a PNG for each picture), webdataset or parquet", "KIND", default="files"),

@@ -73,6 +73,7 @@ COMMANDS = {
             },
             "Where to write": {
                 "--model.save_path FILE": "safetensors to write at the end",
+                "--model.save_dir DIR": "of a CLIP: the folder to write at the end",
                 "--trainer.logger.save_dir DIR": "the folder of logs and checkpoints",
                 "--trainer.fast_dev_run BOOL": "try one batch and write nothing",
             },
@@ -140,7 +141,7 @@ COMMANDS = {
             "The model": {
                 CONFIG: "faces (the default), celebahq, or a YAML file",
                 **own("weights", "class_label", "class_weight", "skip_steps", "solver", "ddim"),
-                "--trainer.devices N": "processes; add -c ddp or -c fsdp for more than one",
+                **DEVICES,
             },
             "One picture again": own("again", "vary"),
             "Where to write": own("save_dir", "output", "save_progress", "overwrite", "micro_batch"),
