@@ -47,7 +47,7 @@ TEXTS = ROOT / "benchmarks/faces_texts.txt"
 METHODS: dict[str, tuple[str, list[float]]] = {
     "formula as written": ("clip_guidance", [50, 400]),
     "formula as coded": ("clip_guidance_pixel", [50, 400]),
-    "GLIDE": ("glide", [3, 10, 80]),
+    "GLIDE": ("glide", [3, 20, 160]),
     "contrastive": ("contrastive", [20, 160]),
     "contrastive, ordinary CLIP": ("contrastive_denoised", [160, 1280]),
     "classifier guidance": ("classifier_guidance", [10]),

@@ -186,10 +186,12 @@ def test_a_fit_asks_the_data_for_captions_and_labels(tmp_path: Path, pictures: t
 
 
 @pytest.mark.parametrize("name", ["ClipModule", "ClassifierModule"])
-def test_networks_that_can_not_be_sharded_are_refused(tmp_path: Path, name: str) -> None:
+def test_networks_that_can_not_be_sharded_are_refused(name: str) -> None:
     tiny = {each.removesuffix("_cfg"): value for each, value in TINY_CLIP.items()}
     module = ClipModule(**tiny) if name == "ClipModule" else ClassifierModule("faces", width=8)
+    strategy = Sharded()
+    strategy.connect(module)
     with pytest.raises(
         InputError, match=r"^trainer.strategy: got fsdp, which serves diffusion models alone; use -c ddp"
     ):
-        tiny_trainer(tmp_path, strategy=Sharded(), devices=1).fit(module, tiny_faces())
+        strategy.setup_environment()

@@ -40,7 +40,10 @@ def test_the_gradient_is_the_same_whether_weights_train_or_not(name: str, autoca
     network.requires_grad_(False)
     found = input_gradient(network, x, autocast)
     assert own.abs().max() > 0
-    torch.testing.assert_close(found, own, atol=0, rtol=2e-2 if autocast else 1e-6)
+    if autocast:
+        torch.testing.assert_close(found, own, atol=0, rtol=2e-2)
+    else:  # some processors have another algorithm for a gradient alone, which rounds otherwise
+        assert (found - own).norm() <= 1e-6 * own.norm()
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -1,5 +1,6 @@
 """Real pictures to compare generated ones with: all of them, or those with matching attributes."""
 
+import warnings
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from clipward.evaluation.judges import Judges, ScoresTexts
@@ -66,7 +66,9 @@ class Reference:
                     labels.append(batch["labels"][:, : len(judges.vocabulary)])
         count = sum(map(len, features))
         if count < 2:
-            rank_zero_warn(f"data: got {count} pictures to compare with, expected two or more; FID is left out")
+            warnings.warn(
+                f"data: got {count} pictures to compare with, expected two or more; FID is left out", stacklevel=2
+            )
             return None
         return cls(
             torch.cat(features),
