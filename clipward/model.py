@@ -139,7 +139,9 @@ class Model:
                 for each in range(seed, seed + n_samples)
             ]
             self.sampler.check([edit])
-            self.sampler.models.check_texts(texts, self.sampler.method if weight else None)
+            if texts:
+                scored = self.sampler.config.candidates > 1
+                self.sampler.models.check_texts(texts, self.sampler.method if weight else None, scored)
             if negative_text and not any(weight for *_, weight in requests):
                 raise InputError(
                     f"negative_text: got {shorten(negative_text)}, but no picture is guided; give a text too"

@@ -120,6 +120,15 @@ def test_all_texts_are_checked_before_any_is_drawn(
         model.sample(["a man", "man " * 99], n_samples=16)
 
 
+def test_no_clip_is_loaded_that_nothing_needs(tiny_weights: Path, noisy_clip: str) -> None:
+    model = clipward.load(tiny_weights, clip="nowhere", noisy_clip=noisy_clip, skip_steps=1)
+    model.sample(n_samples=1)
+    model.sample("a man", guidance_weight=0, n_samples=1)
+    assert not model.sampler.models.loaded()
+    model.sample("a man", n_samples=1, skip_steps=4)
+    assert [clip.name for clip in model.sampler.models.loaded()] == [noisy_clip]
+
+
 def test_the_readme_shows_python_that_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)

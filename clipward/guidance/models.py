@@ -183,17 +183,18 @@ class GuidanceModels:
                 clip.keep_hash()  # of the whole model, before it is in parts
                 shard(visual, getattr(getattr(visual, "transformer", None), "resblocks", []), mesh)
 
-    def check_texts(self, texts: Iterable[str], method: Method | None) -> None:
+    def check_texts(self, texts: Iterable[str], method: Method | None, scored: bool = True) -> None:
         """Check that the CLIPs of a method can read all texts and their contrast captions, before any is encoded.
 
         Args:
             texts: as people write them.
             method: None where no text guides, and the CLIPs only score.
+            scored: whether the CLIPs score pictures; if not, those that don't guide are not loaded.
 
         Raises:
             InputError: where a part of one is empty or too long; a classifier must know something that each part names.
         """
-        clips = self._reading(method)
+        clips = self._reading(method, scored)
         safe = min((clip.context_length for clip in clips), default=0) - self._longest_phrase()
         checked: set[str] = set()
         for text in texts:
@@ -212,12 +213,12 @@ class GuidanceModels:
                     where = f"; it is part {number} of {shorten(text)}" if len(parts) > 1 else ""
                     raise InputError(f"{error}{where}") from error
 
-    def _reading(self, method: Method | None) -> list[Clip]:
+    def _reading(self, method: Method | None, scored: bool) -> list[Clip]:
         """The CLIPs that encode the texts of a method."""
         guided_by = None if method is None else method.guided_by
         if guided_by == "classifier":
             return []
-        clips = self.clips if self.names else []
+        clips = self.clips if self.names and (scored or guided_by == "clip") else []
         return [*clips, self.noisy_clip] if guided_by == "noisy clip" else clips
 
     def _longest_phrase(self) -> int:
