@@ -115,8 +115,7 @@ class Evaluation(L.Callback):
         reference = None
         if self.data is not None:
             sampler, batches = pl_module.sampler, self.data.val_dataloader()
-            models = None if sampler.is_shared else sampler.models  # whose parts lie in other processes
-            reference = Reference.from_batches(batches, self.judges, sampler.device, models)
+            reference = Reference.from_batches(batches, self.judges, sampler.device, sampler.models)
         table = summarise(judgements, reference)
         texts = {text: summarise([each for each in judgements if each.text == text]) for text in self.judges.texts}
         save_report(self.path, Report(self.provenance, table, texts))

@@ -213,8 +213,7 @@ class GuidedSamples(L.Callback):
         data: HasValidationPictures | None = trainer.datamodule
         if self._reference is None and data is not None:
             sampler = pl_module.sampler
-            models = None if sampler.is_shared else sampler.models  # whose parts lie in other processes
-            self._reference = Reference.from_batches(data.val_dataloader(), judges, sampler.device, models)
+            self._reference = Reference.from_batches(data.val_dataloader(), judges, sampler.device, sampler.models)
         requests = {
             "index": list(range(len(cells))),
             "text": [cell.text for cell in cells],

@@ -601,7 +601,8 @@ class Sampler:
             guides = (
                 guide(weight) if schedule is None else [ScheduledGuidance(guide, weight, schedule, len(self.schedule))]
             )
-            guidances += [GuidanceInterval(guidance, *self._times(edit)) for guidance in guides]
+            times = self._times(edit)
+            guidances += [GuidanceInterval(guidance, *times) for guidance in guides]
         if place == "last":
             guidances.append(Clamp(weight != 0, *clamping))
         halved = torch.is_autocast_enabled(self.device.type) or self.network.conv_in.weight.dtype != torch.float32

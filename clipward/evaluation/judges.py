@@ -103,6 +103,7 @@ class ScoresTexts(Protocol):
     """The CLIPs that guide; ``names`` is empty where there are none."""
 
     names: list[str]
+    in_parts: bool  # whether processes share the image tower of one
 
     @property
     def clips(self) -> list[Clip]: ...
@@ -160,8 +161,11 @@ class Judges:
             check_labels_of(data, self.vocabulary, setting)
 
     def choose_clip(self, models: ScoresTexts | None) -> Clip | None:
-        """Whose features CMMD compares: of the first judge that is a CLIP, else of the first CLIP that guides."""
-        if self.clip is not None or models is None or not models.names:
+        """Whose features CMMD compares: of the first judge that is a CLIP, else of the first CLIP that guides.
+
+        A CLIP whose parts lie in several processes is left out, because one process alone compares.
+        """
+        if self.clip is not None or models is None or not models.names or models.in_parts:
             return self.clip
         return models.clips[0]
 

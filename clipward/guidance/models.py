@@ -120,6 +120,7 @@ class GuidanceModels:
         self.weights = config.clip_weights or [1.0] * len(self.names)
         self.contrasts = load_contrasts(config.contrasts or [])
         self._clips: dict[str, Clip] = {}  # those that are loaded
+        self.in_parts = False  # whether processes share the image tower of one
         self._classifier: Classifier | None = None
 
     @property
@@ -180,6 +181,7 @@ class GuidanceModels:
         for clip in self.loaded():
             visual = clip.model.visual
             if sum(p.numel() for p in visual.parameters()) >= LARGE:
+                self.in_parts = True
                 clip.keep_hash()  # of the whole model, before it is in parts
                 shard(visual, getattr(getattr(visual, "transformer", None), "resblocks", []), mesh)
 
